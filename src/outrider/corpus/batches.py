@@ -8,6 +8,7 @@ nothing and does not depend on how many processes share the work.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,12 @@ class Windows:
             inputs[row, :count] = tokens[:-1]
             targets[row, :count] = tokens[1:]
         return Batch(inputs, targets)
+
+    def in_order(self, batch_windows: int, tokens: int = 0) -> Iterator[Batch]:
+        """Yield batches from the start of the text, for about `tokens` tokens (0: all of it)."""
+        last = len(self) if not tokens else min(len(self), -(-tokens // self.context))
+        for first in range(0, last, batch_windows):
+            yield self.batch(np.arange(first, min(first + batch_windows, last)))
 
 
 class ShuffledBatches:
