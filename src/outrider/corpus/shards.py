@@ -188,6 +188,11 @@ class TokenCorpus:
         """Documents, bytes and tokens of this split."""
         return self.manifest.splits.get(self.split, SplitRecord())
 
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text for each token that is predicted (all but the first)."""
+        return self.totals.bytes / max(1, len(self) - 1)
+
     def read(self, start: int, count: int) -> np.ndarray:
         """Return tokens `start` to `start + count` (fewer at the end) as int64 [n]."""
         stop = min(start + count, len(self))

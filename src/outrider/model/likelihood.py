@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -32,19 +33,40 @@ def summed_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts a text.
+
+    Attributes:
+        loss: mean nats per predicted token.
+        bits_per_byte: code length per byte of text, which compares models of different vocabularies.
+        tokens: how many tokens were predicted.
+    """
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+
 @torch.no_grad()
-def total_nats(model: nn.Module, batches: Iterable[TokenBatch], device: torch.device,
-               precision: str = "fp32") -> tuple[float, int]:
-    """Return the summed loss in nats over `batches`, and how many tokens were predicted."""
+def score(model: nn.Module, batches: Iterable[TokenBatch], bytes_per_token: float, device: torch.device,
+          precision: str = "fp32") -> Score:
+    """Score `model` on `batches`; each window is predicted without what came before it.
+
+    Args:
+        model: maps ids [B, T] to logits [B, T, V].
+        batches: what to predict.
+        bytes_per_token: UTF-8 bytes of text that a predicted token stands for, on average over the text.
+        device: where the model is.
+        precision: "fp32" or "bf16" matrix products.
+    """
+    was_training = model.training
+    model.eval()
     nats, tokens = 0.0, 0
     for batch in batches:
         inputs, targets = (torch.from_numpy(array).to(device) for array in (batch.inputs, batch.targets))
         with autocast(device, precision):
             nats += summed_loss(model, inputs, targets).double().item()
         tokens += int((batch.targets != IGNORED).sum())
-    return nats, tokens
-
-
-def bits_per_byte(nats: float, bytes_of_text: float) -> float:
-    """Return the code length per byte of text, which compares models of different vocabularies."""
-    return nats / (math.log(2) * bytes_of_text)
+    model.train(was_training)
+    return Score(nats / tokens, nats / (math.log(2) * bytes_per_token * tokens), tokens)

@@ -43,6 +43,13 @@ class KVCache:
         """Positions there is room for, per sequence."""
         return self.keys.shape[3]
 
+    def row(self, index: int) -> KVCache:
+        """Return sequence `index` alone, as a cache that shares this one's memory (but not its `lengths`)."""
+        view = object.__new__(KVCache)
+        view.keys, view.values = self.keys[:, index:index + 1], self.values[:, index:index + 1]
+        view.lengths = [self.lengths[index]]
+        return view
+
     def truncate(self, lengths: list[int]) -> None:
         """Keep only the first `lengths[b]` positions of each sequence."""
         for old, new in zip(self.lengths, lengths, strict=True):

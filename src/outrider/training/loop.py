@@ -18,6 +18,7 @@ from outrider.devices import autocast, device_name, peak_flops, pick_device, syn
 from outrider.errors import ConfigError, Interrupted, NonFiniteLossError, SnapshotError
 from outrider.files import sha256_file, write_json
 from outrider.model.folder import load_config, load_model, resolve_folder, save_model
+from outrider.model.likelihood import Score, score
 from outrider.model.llama import Llama
 from outrider.recipe import Recipe
 from outrider.training.objectives import Objective, next_token
@@ -25,10 +26,10 @@ from outrider.training.optimizers import build_optimizer, learning_rate
 from outrider.training.signals import StopRequest
 from outrider.training.snapshots import Progress, SnapshotStore, restore
 from outrider.training.telemetry import METRICS, MetricsLog, Speedometer
-from outrider.training.validation import Validation, validate
 
 #: Parts of a recipe that may differ when a run is continued: they do not touch what is computed.
 _FREE_ON_RESUME = ("output", "evaluation", "snapshots", "logging")
+_SCORED_AT_ONCE = 16_384
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class TrainingResult:
     tokens: int
     seconds: float
     loss: float
-    validation: Validation | None
+    validation: Score | None
     tokens_per_second: float
 
 
@@ -103,7 +104,7 @@ class _Run:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.corpus = TokenCorpus(recipe.data.path, "train")
-        self.validation_corpus = TokenCorpus(recipe.data.path, "validation")
+        self.held_out = TokenCorpus(recipe.data.path, "validation")
         self.corpus_sha256 = sha256_file(self.corpus.folder / MANIFEST)
         self.batches = ShuffledBatches(Windows(self.corpus, settings.context), recipe.batch_windows, settings.seed)
         self.model = _build_model(recipe, self.corpus, self.device)
@@ -181,15 +182,17 @@ class _Run:
             total += loss.detach()
         return total.item() / batch.tokens
 
-    def evaluate(self, log: MetricsLog) -> Validation | None:
+    def evaluate(self, log: MetricsLog) -> Score | None:
         """Score the validation split and log it."""
+        if len(self.held_out) < 2:
+            return None
         started = time.perf_counter()
         settings = self.recipe.training
-        scores = validate(self.model, self.validation_corpus, settings.context, self.device, settings.precision,
-                          self.recipe.evaluation.tokens)
-        if scores is not None:
-            log.write({"step": self.progress.step, "tokens": self.progress.tokens, "validation_loss": scores.loss,
-                       "bits_per_byte": scores.bits_per_byte, "validation_tokens": scores.tokens})
+        batches = Windows(self.held_out, settings.context).in_order(
+            max(1, _SCORED_AT_ONCE // settings.context), self.recipe.evaluation.tokens)
+        scores = score(self.model, batches, self.held_out.bytes_per_token, self.device, settings.precision)
+        log.write({"step": self.progress.step, "tokens": self.progress.tokens, "validation_loss": scores.loss,
+                   "bits_per_byte": scores.bits_per_byte, "validation_tokens": scores.tokens})
         self.speed.pause(time.perf_counter() - started)
         return scores
 
