@@ -71,8 +71,9 @@ class TrainingSection(_Section):
 
 
 class OptimizerSection(_Section):
-    """AdamW (Loshchilov & Hutter 2019); matrices decay, norms do not."""
+    """AdamW (Loshchilov & Hutter 2019), or Muon for the matrices inside the blocks and AdamW for the rest."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(6e-4, gt=0, le=1, description="peak learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)

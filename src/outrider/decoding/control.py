@@ -61,13 +61,15 @@ class CostModel:
     draft: float = 0.0
     smoothing: float = 0.1
 
-    def observe(self, round_: Round) -> None:
-        """Fold in a round's times. A pause of the machine (three times the usual) says nothing about cost."""
+    def observe(self, round_: Round, *, draft_was_current: bool = True) -> None:
+        """Fold in a round's times. A pause of the machine (three times the usual) says nothing about cost, nor
+        does the drafting of a round in which the draft first had to catch up.
+        """
         n = round_.drafted + 1
         usual = self.target_seconds(n)
         seconds = min(round_.target_seconds, 3 * usual) if usual else round_.target_seconds
         self.target[n] = usual + self.smoothing * (seconds - usual) if usual else seconds
-        if round_.drafted:
+        if round_.drafted and draft_was_current:
             step = round_.draft_seconds / round_.drafted
             step = min(step, 3 * self.draft) if self.draft else step
             self.draft = self.draft + self.smoothing * (step - self.draft) if self.draft else step
@@ -121,7 +123,7 @@ class AdaptiveWidth:
 
     def observe(self, round_: Round) -> None:
         """Learn acceptance and costs from a round."""
-        self.costs.observe(round_)
+        self.costs.observe(round_, draft_was_current=self._idle == 0)
         if round_.drafted == 0:
             self._idle += 1
             return

@@ -24,7 +24,10 @@ from outrider.errors import DecodingError
 from outrider.model.folder import resolve_folder
 
 Method = Literal["rejection", "coupled"]
-_TIMED_WIDTHS = (1, 2, 3, 5, 9)
+# What is timed before the first round: target passes over so many tokens, proposals of such a length.
+_TIMED_WIDTHS = (1, 2, 3, 4, 5, 7, 9)
+_TIMED_DRAFT = 4
+_TIMES = 3
 
 
 @dataclass(frozen=True)
@@ -123,20 +126,25 @@ class Decoder:
         request = _Request(self, context, max_new_tokens, sampling, method, tuple(stop), proposer, result)
         yield from request.run(width)
 
-    def costs(self) -> CostModel:
-        """Return measured costs, timing target and draft once, at the cache's present length (under a second
-        for small models, a few passes for large ones).
+    def costs(self, context: Sequence[int]) -> CostModel:
+        """Return measured costs: target and draft are timed once, on the first request, whose `context` both
+        have just cached; every round after that keeps them current.
         """
         if self._costs is None:
-            self._costs = self._measure()
+            self._costs = CostModel()
+            before = self.target.lengths
+            room = self.target.config.max_position_embeddings - len(context)
+            for n in _TIMED_WIDTHS[:1] + tuple(n for n in _TIMED_WIDTHS[1:] if n <= room):
+                self._costs.target[n] = min(self._timed_pass(n, before) for _ in range(_TIMES))
+            if self.proposer is not None:
+                self._costs.draft = min(self._timed_proposal(self.proposer, context) for _ in range(_TIMES))
         return self._costs
 
-    def _measure(self) -> CostModel:
-        costs = CostModel()
-        before = self.target.lengths
-        for n in _TIMED_WIDTHS:
-            costs.target[n] = min(self._timed_pass(n, before) for _ in range(3))
-        return costs
+    def _timed_proposal(self, proposer: Proposer, context: Sequence[int]) -> float:
+        started = time.perf_counter()
+        drafted = len(proposer.propose(context, _TIMED_DRAFT).tokens)
+        proposer.synchronize()
+        return (time.perf_counter() - started) / max(1, drafted)
 
     def _timed_pass(self, n: int, before: list[int]) -> float:
         started = time.perf_counter()
@@ -174,7 +182,7 @@ class _Request:
         self.target.start(1, capacity)
         self.target.prefill([self.context[:-1]])
         if self.proposer is not None:
-            self.proposer.begin(capacity, self.sampling, self.chance)
+            self.proposer.begin(self.context, capacity, self.sampling, self.chance)
         self.target.synchronize()
         controller = self._controller(width)
         statistics.prefill_seconds = time.perf_counter() - started
@@ -249,7 +257,7 @@ class _Request:
     def _controller(self, width: int | Literal["auto"]) -> Controller:
         if self.proposer is None:
             return FixedWidth(0)
-        return AdaptiveWidth(self.decoder.costs()) if width == "auto" else FixedWidth(width)
+        return AdaptiveWidth(self.decoder.costs(self.context)) if width == "auto" else FixedWidth(width)
 
     def _check(self, method: str) -> None:
         limit = self.target.config.max_position_embeddings

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 #: Up to this many rows PyTorch's own float32 product (a matrix-vector kernel) is the faster one.
-_PLAIN_ROWS = 2
+_PLAIN_ROWS = 3
+#: Below this many elements a call costs more than the layout saves.
+_LEAST_ELEMENTS = {torch.float32: 1 << 20, torch.bfloat16: 1 << 18}
 #: Float32 keeps both layouts, so it is done only where they take at most this share of the memory.
 _MEMORY_SHARE = 0.25
 
@@ -34,25 +36,29 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> bool:
-    """Replace every linear layer of a CPU model by a packed one, in place.
+    """Replace the large linear layers of a CPU model by packed ones, in place.
 
     Returns:
-        False, with the model as it was, where this build of PyTorch or this machine's memory rules it out.
+        False, with the model as it was, where there are none, or this build of PyTorch or this machine's
+        memory rules it out.
     """
-    linears = [(parent, name, child) for parent in model.modules()
-               for name, child in parent.named_children() if isinstance(child, nn.Linear)]
+    linears = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+               if isinstance(child, nn.Linear) and _pays(child.weight)]
+    if not linears or not torch.backends.mkldnn.is_available():
+        return False
     weights = [child.weight for _, _, child in linears]
-    if not weights or not torch.backends.mkldnn.is_available() or weights[0].device.type != "cpu":
-        return False
     dtype = weights[0].dtype
-    if dtype not in (torch.float32, torch.bfloat16):
-        return False
     keep_plain = dtype == torch.float32
     if keep_plain and sum(w.nbytes for w in weights) > _MEMORY_SHARE * _physical_memory():
         return False
     for parent, name, child in linears:
         setattr(parent, name, PackedLinear(child.weight.detach(), keep_plain=keep_plain))
     return True
+
+
+def _pays(weight: Tensor) -> bool:
+    least = _LEAST_ELEMENTS.get(weight.dtype)
+    return weight.device.type == "cpu" and least is not None and weight.numel() >= least
 
 
 def _physical_memory() -> int:

@@ -25,10 +25,11 @@ class Proposal:
 class Proposer(Protocol):
     """Anything that guesses."""
 
-    def begin(self, capacity: int, sampling: Sampling, chance: Choices | SharedNoise | None) -> None:
-        """Prepare for one sequence of at most `capacity` positions, decoded with `sampling`.
+    def begin(self, prompt: Sequence[int], capacity: int, sampling: Sampling,
+              chance: Choices | SharedNoise | None) -> None:
+        """Prepare for one sequence that starts with `prompt` and has at most `capacity` positions.
 
-        `chance` is None for greedy decoding.
+        `sampling` is how the target is decoded; `chance` is None for greedy decoding.
         """
         ...
 
@@ -66,11 +67,15 @@ class ModelProposer:
         self._sampling = Sampling()
         self._chance: Choices | SharedNoise | None = None
 
-    def begin(self, capacity: int, sampling: Sampling, chance: Choices | SharedNoise | None) -> None:
-        """Prepare for one sequence; beyond the draft's own positions it will propose nothing."""
+    def begin(self, prompt: Sequence[int], capacity: int, sampling: Sampling,
+              chance: Choices | SharedNoise | None) -> None:
+        """Cache the prompt; beyond the draft's own positions it will propose nothing."""
         self._capacity = min(capacity, self.engine.config.max_position_embeddings)
+        self._sampling, self._chance = sampling, chance
         self.engine.start(1, self._capacity)
-        self._cached, self._settled, self._sampling, self._chance = [], 0, sampling, chance
+        self._cached = list(prompt[:-1]) if len(prompt) <= self._capacity else []
+        self._settled = len(self._cached)
+        self.engine.prefill([self._known(self._cached)])
 
     def propose(self, context: Sequence[int], budget: int) -> Proposal:
         """Run the draft for up to `budget` tokens."""

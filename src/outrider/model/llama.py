@@ -77,18 +77,21 @@ class _Placement:
                     f"the cache holds {cache.capacity} positions and {max(starts) + time} are needed; "
                     "shorten the prompt or allow a larger context"
                 )
-        self.uniform = min(starts) == max(starts)
         self.start, self.end = min(starts), max(starts) + time
+        self.uniform = self.end - self.start == time
         if self.uniform:
-            self.positions = torch.arange(self.start, self.end, device=device)
-            if self.start == 0:
-                self.causal = time > 1
-            elif time > 1:
-                self.mask = torch.arange(self.end, device=device) <= self.positions[:, None]
+            self.causal = self.start == 0 and time > 1
+            if self.start > 0 and time > 1:
+                self.mask = torch.ones((time, self.end), dtype=torch.bool, device=device).tril_(self.start)
         else:
             offsets = torch.tensor(starts, device=device)[:, None]
             self.positions = offsets + torch.arange(time, device=device)
             self.mask = (torch.arange(self.end, device=device) <= self.positions[:, :, None])[:, None]
+
+    def rows(self, table: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a rotary table's rows for the new positions, to be spread over the heads."""
+        chosen = table[self.start:self.end] if self.uniform else table[self.positions]
+        return chosen.to(dtype).unsqueeze(-2)
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write `key`, `value` [B, K, T, D] into the cache; return all that may be attended to [B, K, S, D]."""
@@ -224,8 +227,7 @@ class Llama(nn.Module):
                 "(max_position_embeddings); shorten the text"
             )
         x = self.embedding(tokens)
-        cos = self.cos[placement.positions].to(x.dtype).unsqueeze(-2)
-        sin = self.sin[placement.positions].to(x.dtype).unsqueeze(-2)
+        cos, sin = placement.rows(self.cos, x.dtype), placement.rows(self.sin, x.dtype)
         for index, block in enumerate(self.layers):
             x = block(x, cos, sin, placement, index)
         if cache is not None:

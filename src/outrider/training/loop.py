@@ -151,7 +151,7 @@ class _Run:
         if not (math.isfinite(self.loss) and math.isfinite(norm)):
             self._refuse(norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         synchronize(self.device)
         progress.step += 1
         progress.tokens += batch.tokens

@@ -3,22 +3,64 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from outrider.recipe import OptimizerSection, ScheduleSection
 
 
-def build_optimizer(model: nn.Module, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices only (norm gains are left free), fused where PyTorch can."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+class Optimizers:
+    """One optimiser or several, each over its own parameters, stepped as one."""
+
+    def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
+        self.members = list(members)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all members."""
+        return [group for member in self.members for group in member.param_groups]
+
+    @property
+    def state(self) -> Mapping[Tensor, dict[str, Any]]:
+        """State by parameter."""
+        return {parameter: state for member in self.members for parameter, state in member.state.items()}
+
+    def step(self) -> None:
+        """Update every parameter from its gradient."""
+        for member in self.members:
+            member.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for member in self.members:
+            member.zero_grad(set_to_none=True)
+
+
+def build_optimizer(model: nn.Module, section: OptimizerSection, device: torch.device) -> Optimizers:
+    """Return the recipe's optimiser for `model`.
+
+    `adamw`: weight decay on matrices only, norm gains left free; fused where PyTorch can.
+    `muon` (Jordan et al. 2024): momentum orthogonalised by Newton-Schulz for the matrices inside the blocks,
+    scaled to AdamW's update size so that one learning rate fits both (Liu et al. 2025, Moonlight); AdamW for
+    embedding, head and norms.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    inner = [p for name, p in named if p.dim() == 2 and name.startswith("layers.")] if section.kind == "muon" else []
+    taken = {id(p) for p in inner}
+    rest = [p for _, p in named if id(p) not in taken]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": section.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": section.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps,
-                             fused=device.type in ("cpu", "cuda", "mps"))
+    members: list[torch.optim.Optimizer] = [torch.optim.AdamW(
+        groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=device.type in ("cpu", "cuda", "mps"))]
+    if inner:
+        members.append(torch.optim.Muon(inner, lr=section.lr, weight_decay=section.weight_decay,
+                                        adjust_lr_fn="match_rms_adamw"))
+    return Optimizers(members)
 
 
 def learning_rate(step: int, steps: int, peak: float, section: ScheduleSection) -> float:

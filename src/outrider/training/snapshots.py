@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from outrider.corpus.batches import Position
 from outrider.errors import SnapshotError
 from outrider.files import atomic_folder, sha256_file, write_json
+from outrider.training.optimizers import Optimizers
 
 _NAME = re.compile(r"step-(\d{8,})")
 _STATE = "state.json"
@@ -52,7 +53,7 @@ class SnapshotStore:
             return []
         return sorted(path for path in self.folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress,
+    def save(self, model: nn.Module, optimizer: Optimizers, progress: Progress,
              recipe: dict[str, Any], corpus_sha256: str) -> Path:
         """Write a snapshot, then remove the oldest beyond `keep`.
 
@@ -95,7 +96,7 @@ class SnapshotStore:
         return None
 
 
-def restore(path: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def restore(path: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizers) -> Progress:
     """Load tensors and random state from a snapshot in place; return where the run stood.
 
     Raises:
@@ -118,7 +119,7 @@ def restore(path: Path, state: dict[str, Any], model: nn.Module, optimizer: torc
     return Progress(progress["step"], progress["tokens"], Position(**progress["position"]), progress["seconds"])
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
     """Return the run's tensors by name; loading writes into them."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {f"model.{name}": parameter.data for parameter, name in names.items()}
@@ -128,7 +129,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     return tensors
 
 
-def _materialise_state(optimizer: torch.optim.Optimizer) -> None:
+def _materialise_state(optimizer: Optimizers) -> None:
     """Make a fresh optimiser allocate its state, by a step that changes nothing, so it can be loaded into."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -136,7 +137,7 @@ def _materialise_state(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
