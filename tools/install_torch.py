@@ -45,8 +45,8 @@ def resolves_without_cuda(requirement: str) -> bool:
     """Return whether pip, as configured here, would install `requirement` without CUDA packages."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps", "--dry-run",
-                   "--ignore-installed", "--report", str(report), requirement]
+        command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps",
+                   "--dry-run", "--ignore-installed", "--report", str(report), requirement]
         if subprocess.call(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) or not report.exists():
             return False
         needs = json.loads(report.read_text())["install"][0]["metadata"].get("requires_dist", [])

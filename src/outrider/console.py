@@ -96,7 +96,8 @@ def duration(seconds: float) -> str:
 
 def count(value: float) -> str:
     """Return a number with a metric suffix: `950`, `1.2k`, `3.40M`, `670.0B`."""
-    for limit, divisor, suffix, digits in ((1e3, 1, "", 0), (1e6, 1e3, "k", 1), (1e9, 1e6, "M", 2), (1e12, 1e9, "B", 1)):
+    steps = ((1e3, 1, "", 0), (1e6, 1e3, "k", 1), (1e9, 1e6, "M", 2), (1e12, 1e9, "B", 1))
+    for limit, divisor, suffix, digits in steps:
         if abs(value) < limit:
             return f"{value / divisor:.{digits}f}{suffix}"
     return f"{value / 1e12:.1f}T"

@@ -59,7 +59,7 @@ class MissingExtraError(OutriderError):
         super().__init__(f"{purpose} needs the package '{package}': pip install 'outrider[{extra}]'")
 
 
-class Interrupted(OutriderError):
+class Interrupted(OutriderError):  # noqa: N818 - not a fault
     """A signal ended the work after its state was saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -46,7 +46,7 @@ class ModelSection(_Section):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     preset: str | None = None
-    start_from: str | None = Field(None, description="model folder whose weights training continues")
+    start_from: str | None = Field(default=None, description="model folder whose weights training continues")
 
 
 class DataSection(_Section):
@@ -59,48 +59,48 @@ class TrainingSection(_Section):
     """How much, in what portions, and with what precision."""
 
     tokens: Count = Field(gt=0, description="tokens to train on")
-    batch_tokens: Count = Field(16_384, gt=0, description="tokens in one optimiser step, over all processes")
-    context: Count = Field(512, gt=1, description="tokens a window predicts")
-    micro_batch: int = Field(0, ge=0, description="windows in one forward pass on one device; 0: all of them")
+    batch_tokens: Count = Field(default=16_384, gt=0, description="tokens in one optimiser step, over all processes")
+    context: Count = Field(default=512, gt=1, description="tokens a window predicts")
+    micro_batch: int = Field(default=0, ge=0, description="windows in one forward pass on one device; 0: all of them")
     precision: Literal["fp32", "bf16"] = "bf16"
-    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no limit")
-    seed: int = Field(0, ge=0)
+    clip: float = Field(default=1.0, ge=0, description="largest gradient norm; 0: no limit")
+    seed: int = Field(default=0, ge=0)
     device: str = "auto"
-    threads: int = Field(0, ge=0, description="CPU threads; 0: PyTorch's choice")
-    compile: bool = Field(False, description="compile the model with torch.compile")
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0: PyTorch's choice")
+    compile: bool = Field(default=False, description="compile the model with torch.compile")
 
 
 class OptimizerSection(_Section):
     """AdamW (Loshchilov & Hutter 2019), or Muon for the matrices inside the blocks and AdamW for the rest."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(6e-4, gt=0, le=1, description="peak learning rate")
+    lr: float = Field(default=6e-4, gt=0, le=1, description="peak learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
 
 
 class ScheduleSection(_Section):
     """Learning rate over time: linear warm-up, then cosine, or stable with a linear decay at the end (WSD)."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: Count = Field(0, ge=0, description="warm-up in steps")
-    final: float = Field(0.1, ge=0, le=1, description="last learning rate as a share of the peak")
-    decay: float = Field(0.2, gt=0, le=1, description="share of the steps that decay (wsd)")
+    warmup: Count = Field(default=0, ge=0, description="warm-up in steps")
+    final: float = Field(default=0.1, ge=0, le=1, description="last learning rate as a share of the peak")
+    decay: float = Field(default=0.2, gt=0, le=1, description="share of the steps that decay (wsd)")
 
 
 class EvaluationSection(_Section):
     """Bits per byte on the validation split, always at the end and, if wished, on the way."""
 
-    every: Count = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
-    tokens: Count = Field(0, ge=0, description="validation tokens to use; 0: all")
+    every: Count = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
+    tokens: Count = Field(default=0, ge=0, description="validation tokens to use; 0: all")
 
 
 class SnapshotSection(_Section):
     """Saved states to continue from."""
 
-    every: Count = Field(0, ge=0, description="steps between snapshots; 0: only at the end or when stopped")
-    keep: int = Field(2, ge=1, description="how many to keep")
+    every: Count = Field(default=0, ge=0, description="steps between snapshots; 0: only at the end or when stopped")
+    keep: int = Field(default=2, ge=1, description="how many to keep")
 
 
 class LoggingSection(_Section):
@@ -113,7 +113,7 @@ class Recipe(_Section):
     """Everything a training run needs to know."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    output: str = Field("", description="run folder; default: runs/NAME")
+    output: str = Field(default="", description="run folder; default: runs/NAME")
     model: ModelSection
     data: DataSection
     training: TrainingSection

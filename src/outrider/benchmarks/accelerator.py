@@ -108,8 +108,9 @@ def _train(config: ModelConfig, device: torch.device, context: int, windows: int
     seconds = _median(step, repeats)
     speed = windows * context / seconds
     peak = peak_flops(device, "bf16")
+    mfu = speed * config.training_flops_per_token(context) / peak if peak else None
     return {"parameters": config.num_parameters, "context": context, "windows": windows, "compile": compiled,
-            "tokens_per_second": speed, "mfu": speed * config.training_flops_per_token(context) / peak if peak else None,
+            "tokens_per_second": speed, "mfu": mfu,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}
 
 
@@ -128,4 +129,5 @@ def _line(result: dict[str, Any]) -> str:
     share = result["bandwidth_share"]
     note = f", {100 * share:.0f} % of memory bandwidth" if share is not None else ""
     costs = ", ".join(f"{n}: {1e3 * s:.2f} ms" for n, s in result["seconds_by_tokens"].items())
-    return f"{count(result['parameters'])} parameters, {result['tokens_per_second']:.1f} tokens/s{note}; by tokens {costs}"
+    speed = f"{result['tokens_per_second']:.1f} tokens/s{note}"
+    return f"{count(result['parameters'])} parameters, {speed}; by tokens {costs}"

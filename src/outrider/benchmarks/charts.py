@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -14,14 +14,14 @@ from outrider.console import count
 
 INK, GRID = "#1c2430", "#d8dee6"
 COLOURS = ("#0b6e4f", "#c8553d", "#2f4b7c", "#e0a100", "#7a5195", "#4a8fb8")
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "outrider", "font.family": "sans-serif", "font.size": 10,
     "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False,
 }
 
 
-def loss_chart(curves: dict[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> str:
+def loss_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> str:
     """Return lines over tokens: name -> (tokens, values)."""
     axes, figure = _axes()
     for index, (name, (tokens, values)) in enumerate(curves.items()):
@@ -33,7 +33,7 @@ def loss_chart(curves: dict[str, tuple[Sequence[float], Sequence[float]]], ylabe
     return _svg(figure)
 
 
-def acceptance_chart(curves: dict[str, Sequence[float]]) -> str:
+def acceptance_chart(curves: Mapping[str, Sequence[float]]) -> str:
     """Return acceptance by place in the proposal: name -> shares."""
     axes, figure = _axes()
     for index, (name, shares) in enumerate(curves.items()):
@@ -44,7 +44,7 @@ def acceptance_chart(curves: dict[str, Sequence[float]]) -> str:
     return _svg(figure)
 
 
-def speed_chart(bars: dict[str, tuple[float, float]]) -> str:
+def speed_chart(bars: Mapping[str, tuple[float, float]]) -> str:
     """Return pairs of bars: name -> tokens/s alone and with the draft."""
     axes, figure = _axes(height=1.0 + 0.8 * len(bars))
     for index, (alone, drafted) in enumerate(bars.values()):

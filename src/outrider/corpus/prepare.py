@@ -86,7 +86,7 @@ def prepare(
                                  bos_id=tokens.bos_id, eos_id=tokens.eos_id)
         work = _Preparation(tokens, validation, watcher)
         with ExitStack() as stack:
-            writers = {split: stack.enter_context(
+            writers: dict[Split, ShardWriter] = {split: stack.enter_context(
                 ShardWriter(staging, split, token_dtype(tokens.vocab_size), shard_tokens)) for split in SPLITS}
             records = [work.run(source, writers) for source in sources]
         if not work.totals["train"].documents:
@@ -138,7 +138,7 @@ class _Preparation:
             begin = 0
             for document, end in zip(encoded.documents, encoded.ends, strict=True):
                 raw = document.text.encode()
-                split: Split = "validation" if _share(raw) < self.validation else "train"
+                split: Split = "validation" if _place(raw) < self.validation else "train"
                 writers[split].write(encoded.ids[begin:end])
                 self.totals[split].add(len(raw), int(end) - begin)
                 mine.add(len(raw), int(end) - begin)
@@ -214,6 +214,11 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _share(raw: bytes) -> float:
+def is_held_out(text: str, validation: float) -> bool:
+    """Return whether `prepare` puts a document of this text into the validation split."""
+    return _place(text.encode()) < validation
+
+
+def _place(raw: bytes) -> float:
     """Return a number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") / 2**64

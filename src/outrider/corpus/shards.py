@@ -109,7 +109,8 @@ class ShardWriter:
     """Writes one split's tokens into files of at most `shard_tokens`, hashing as it goes."""
 
     def __init__(self, folder: Path, split: Split, dtype: Literal["uint16", "uint32"], shard_tokens: int) -> None:
-        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.folder, self.shard_tokens = folder, shard_tokens
+        self.split: Split = split
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._file: IO[bytes] | None = None
         self._hash = hashlib.sha256()
@@ -170,7 +171,8 @@ class TokenCorpus:
         Raises:
             CorpusError: a file is missing, cut short or altered, or the tokenizer is not the one recorded.
         """
-        self.folder, self.split = Path(folder), split
+        self.folder = Path(folder)
+        self.split: Split = split
         self.manifest = Manifest.load(folder)
         self._check_tokenizer()
         dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
@@ -214,7 +216,7 @@ class TokenCorpus:
         if not path.is_file():
             raise CorpusError(f"{self.folder} lacks its tokenizer {record.file}; prepare the corpus again")
         if sha256_file(path) != record.sha256:
-            raise CorpusError(f"{path} is not the tokenizer the shards were made with (SHA-256 differs from {MANIFEST})")
+            raise CorpusError(f"{path} is not the tokenizer the shards were made with: SHA-256 differs")
 
 
 def verify_corpus(folder: str | Path) -> Manifest:

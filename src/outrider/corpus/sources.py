@@ -121,7 +121,9 @@ class Source:
         value = row.get(self.text_field) if isinstance(row, dict) else None
         if not isinstance(value, str):
             fields = ", ".join(map(str, row)) if isinstance(row, dict) else "it is not an object"
-            raise SourceError(f"{origin} has no text in field '{self.text_field}' (fields: {fields}); see --text-field")
+            raise SourceError(
+                f"{origin} has no text in field '{self.text_field}' (fields: {fields}); see --text-field"
+            )
         # JSON may carry lone surrogates, which no UTF-8 text holds.
         return value.encode("utf-8", "replace").decode("utf-8")
 
@@ -141,13 +143,14 @@ class Source:
                     for value in batch.column(0).to_pylist():
                         number += 1
                         if value is not None:
-                            yield Document(self._field({self.text_field: value}, f"{path}:{number}"), f"{path}:{number}")
+                            origin = f"{path}:{number}"
+                            yield Document(self._field({self.text_field: value}, origin), origin)
         except arrow.ArrowException as error:
             raise SourceError(f"{path} is not a readable parquet file: {_first_line(error)}") from error
 
     def _hub(self, name: str) -> Iterator[Document]:
         try:
-            import datasets
+            import datasets  # pyright: ignore[reportMissingImports] - an extra
         except ImportError as error:
             raise MissingExtraError("datasets", "data", f"the Hugging Face data set {name}") from error
         name, _, split = name.partition(":")

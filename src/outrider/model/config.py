@@ -22,9 +22,9 @@ class RopeScaling(BaseModel):
 
     rope_type: Literal["linear", "llama3"]
     factor: float = Field(gt=0)
-    low_freq_factor: float = Field(1.0, gt=0)
-    high_freq_factor: float = Field(4.0, gt=0)
-    original_max_position_embeddings: int = Field(8192, gt=0)
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    original_max_position_embeddings: int = Field(default=8192, gt=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -47,14 +47,14 @@ class ModelConfig(BaseModel):
     intermediate_size: int = Field(gt=0)
     num_hidden_layers: int = Field(gt=0)
     num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(0, ge=0, description="0 means num_attention_heads")
-    head_dim: int = Field(0, ge=0, description="0 means hidden_size / num_attention_heads")
-    max_position_embeddings: int = Field(2048, gt=0)
-    rms_norm_eps: float = Field(1e-5, gt=0)
-    rope_theta: float = Field(10_000.0, gt=0)
+    num_key_value_heads: int = Field(default=0, ge=0, description="0 means num_attention_heads")
+    head_dim: int = Field(default=0, ge=0, description="0 means hidden_size / num_attention_heads")
+    max_position_embeddings: int = Field(default=2048, gt=0)
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=0)
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
-    initializer_range: float = Field(0.02, gt=0)
+    initializer_range: float = Field(default=0.02, gt=0)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 

@@ -130,7 +130,7 @@ class _Run:
             self.warn(f"continuing {recipe.name} after step {self.progress.step}")
         elif (self.store.list() or (folder / METRICS).exists()) and not replace:
             if not resume or self.store.list():
-                raise ConfigError(f"{folder} holds a run already; pass --resume to continue it or --force to start anew")
+                raise ConfigError(f"{folder} holds a run; pass --resume to continue it or --force to start anew")
         elif replace:
             for path in self.store.list():
                 _remove(path)

@@ -63,8 +63,8 @@ def plan(recipe: Recipe) -> Plan:
     snapshot = _SNAPSHOT_BYTES * shape.num_parameters
     device = pick_device(settings.device)
     here = device_name(device)
-    speeds = {name: PEAK_BF16[name] * ASSUMED_MFU for name in PLANNED_DEVICES}
-    mfu = dict.fromkeys(PLANNED_DEVICES, ASSUMED_MFU)
+    speeds: dict[str, float] = {name: PEAK_BF16[name] * ASSUMED_MFU for name in PLANNED_DEVICES}
+    mfu: dict[str, float] = dict.fromkeys(PLANNED_DEVICES, ASSUMED_MFU)
     if peak := peak_flops(device, settings.precision):
         mfu[here] = _CPU_MFU if device.type == "cpu" else ASSUMED_MFU
         speeds[here] = peak * mfu[here]

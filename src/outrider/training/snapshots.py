@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
-    position: Position = Position()
+    position: Position = field(default_factory=Position)
     seconds: float = 0.0
 
 
@@ -121,7 +121,7 @@ def restore(path: Path, state: dict[str, Any], model: nn.Module, optimizer: Opti
 
 def _tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
     """Return the run's tensors by name; loading writes into them."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {f"model.{name}": parameter.data for parameter, name in names.items()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
@@ -146,7 +146,8 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         files = dict(state["files"])
-        state["progress"]["step"], state["recipe"], state["corpus_sha256"]
+        int(state["progress"]["step"])
+        str(state["corpus_sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SnapshotError(f"{path / _STATE} is missing or unreadable ({type(error).__name__})") from error
     for name, digest in files.items():
