@@ -83,11 +83,11 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def measured_matmul(dtype: torch.dtype, seconds: float = 0.4) -> float:
     """Return FLOP/s of a square matrix product on the CPU: the best of the repetitions that fit in `seconds`."""
     a, b = (torch.randn(_PROBE_SIZE, _PROBE_SIZE).to(dtype) for _ in range(2))
-    a @ b
+    torch.mm(a, b)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        a @ b
+        torch.mm(a, b)
         best = min(best, time.perf_counter() - start)
     return 2 * _PROBE_SIZE**3 / best
 
