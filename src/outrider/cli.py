@@ -279,7 +279,7 @@ def quickstart(
     from outrider.quickstart import run
 
     result = run(out, minutes=minutes)
-    _table("what was measured", ["", ""], result.rows)
+    _table("what was measured", [], result.rows)
     console.print("[bold]Try next[/bold]")
     for command in result.next_commands:
         console.print(f"  {command}", soft_wrap=True, markup=False)

@@ -24,19 +24,19 @@ from outrider.training.speed import measured_tokens_per_second
 
 VOCABULARY = 2_048
 HELD_OUT = {"text": 0.03, "code": 0.02}
-#: Deep and narrow, so that a pass costs time; the draft is one block, so that a guess costs little
-#: (docs/experiments.md has the sizes that were tried).
+#: The draft is one block, so that a guess costs little (docs/experiments.md has the sizes that were tried).
 SHAPES: dict[str, dict[str, Any]] = {
-    "target": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 12, "num_attention_heads": 3},
+    "target": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5, "num_attention_heads": 4},
     "draft": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 1, "num_attention_heads": 2},
 }
-TOKENS = {("target", "text"): 160_000, ("target", "code"): 440_000,
-          ("draft", "text"): 400_000, ("draft", "code"): 1_200_000}
+TOKENS = {("target", "text"): 200_000, ("target", "code"): 1_000_000,
+          ("draft", "text"): 300_000, ("draft", "code"): 800_000}
 LEARNING_RATE = 5e-3
 CONTEXT, BATCH_TOKENS = 256, 2_048
 PROMPTS, NEW_TOKENS, REPEATS = 12, 96, 2
 #: Seconds kept for everything that is not training: data, scores, decoding, report.
 RESERVE = 60.0
+LEAST_SHARE = 0.02
 SAMPLES_SHOWN = 2
 
 #: Results by role (target, draft) and stage (text, code).
@@ -62,12 +62,15 @@ def run(out: str | Path, *, minutes: float = 5.0) -> QuickstartResult:
     """
     started, out = time.perf_counter(), Path(out)
     corpora = _prepare(out)
-    shares = _share_of_tokens(corpora, minutes, started)
+    budget = _Budget(corpora["code"], minutes, started)
     runs: Runs = {}
     for role in ("target", "draft"):
         for stage in ("text", "code"):
             start = runs[role, "text"].model if stage == "code" else None
-            runs[role, stage] = _train(out, role, stage, corpora[stage], start, shares)
+            # The draft's last lesson is the target itself: what it will have to guess.
+            teacher = runs["target", "code"].model if (role, stage) == ("draft", "code") else None
+            share = budget.share(runs)
+            runs[role, stage] = _train(_recipe(out, role, stage, corpora[stage], start, teacher, share), stage)
     scores = _score(runs, corpora)
     benchmark = _decode(out, runs)
     _show_samples(benchmark)
@@ -92,25 +95,38 @@ def _prepare(out: Path) -> dict[str, Path]:
     return folders
 
 
-def _share_of_tokens(corpora: dict[str, Path], minutes: float, started: float) -> float:
-    """Return what share of the usual tokens this machine can train on in the time that is left."""
-    seconds = 0.0
-    with Display("how fast is this machine") as display:
-        for role in SHAPES:
-            tokens = sum(number for (who, _), number in TOKENS.items() if who == role)
-            recipe = _recipe(Path("unused"), role, "code", corpora["code"], None, 1.0)
-            speed = measured_tokens_per_second(recipe)
-            seconds += tokens / speed
-            display.update(0, None, f"{role} trains at {count(speed)} tokens/s")
-    left = 60 * minutes - RESERVE - (time.perf_counter() - started)
-    share = max(0.02, min(1.0, left / seconds))
-    if share < 1:
-        console.print(f"training on {100 * share:.0f} % of the usual tokens, to stay within {minutes:g} minutes; "
-                      "models will be weaker")
-    return share
+class _Budget:
+    """Keeps training within the time there is, whatever the machine."""
+
+    def __init__(self, corpus: Path, minutes: float, started: float) -> None:
+        self._minutes, self._end = minutes, started + 60 * minutes - RESERVE
+        self._speeds: dict[tuple[str, str], float] = {}
+        with Display("how fast is this machine") as display:
+            for role, stage in TOKENS:
+                recipe = _recipe(Path("unused"), role, stage, corpus, None, None, 1.0)
+                speed = self._speeds.get((role, "text")) or measured_tokens_per_second(recipe)
+                self._speeds[role, stage] = speed
+                display.update(0, None, f"{role} trains at {count(speed)} tokens/s")
+        # While the draft learns from the target, the target runs forward: a third of a training step.
+        target, draft = self._speeds["target", "code"], self._speeds["draft", "code"]
+        self._speeds["draft", "code"] = 1 / (1 / draft + 1 / (3 * target))
+
+    def share(self, runs: Runs) -> float:
+        """Return what share of the usual tokens the next stage can have, so that those after it can as well."""
+        for (role, stage), result in runs.items():
+            self._speeds[role, stage] = result.tokens_per_second
+            if stage == "text" and (role, "code") not in runs and role == "target":
+                self._speeds[role, "code"] = result.tokens_per_second
+        seconds = sum(tokens / self._speeds[key] for key, tokens in TOKENS.items() if key not in runs)
+        share = max(LEAST_SHARE, min(1.0, (self._end - time.perf_counter()) / seconds))
+        if share < 1:
+            console.print(f"training the next model on {100 * share:.0f} % of the usual tokens, to stay within "
+                          f"{self._minutes:g} minutes")
+        return share
 
 
-def _recipe(out: Path, role: str, stage: str, corpus: Path, start: Path | None, share: float) -> Recipe:
+def _recipe(out: Path, role: str, stage: str, corpus: Path, start: Path | None, teacher: Path | None,
+            share: float) -> Recipe:
     name = f"{role}-{stage}"
     tokens = max(BATCH_TOKENS, int(TOKENS[role, stage] * share))
     model = {"start_from": str(start)} if start else {
@@ -120,16 +136,17 @@ def _recipe(out: Path, role: str, stage: str, corpus: Path, start: Path | None, 
         "name": name, "output": str(out / name), "model": model, "data": {"path": str(corpus)},
         "training": {"tokens": tokens, "batch_tokens": BATCH_TOKENS, "context": CONTEXT},
         "optimizer": {"kind": "muon", "lr": LEARNING_RATE},
+        "distillation": {"teacher": str(teacher)} if teacher else {},
         # The fine-tune carries the decay; pretraining stays at the stable rate it hands over.
         "schedule": {"kind": "wsd", "warmup": min(20, steps // 4), "decay": 0.5, "final": 0.0} if start else
         {"kind": "constant", "warmup": min(20, steps // 4)},
     }, f"quickstart {name}")
 
 
-def _train(out: Path, role: str, stage: str, corpus: Path, start: Path | None, share: float) -> TrainingResult:
-    verb = "fine-tune" if start else "pretrain"
-    with Display(f"{verb} {role} on {stage}") as display:
-        return train(_recipe(out, role, stage, corpus, start, share), replace=True, watcher=display)
+def _train(recipe: Recipe, stage: str) -> TrainingResult:
+    verb = "distil" if recipe.distillation.teacher else "fine-tune" if recipe.model.start_from else "pretrain"
+    with Display(f"{verb} {recipe.name.removesuffix('-' + stage)} on {stage}") as display:
+        return train(recipe, replace=True, watcher=display)
 
 
 def _score(runs: Runs, corpora: dict[str, Path]) -> dict[tuple[str, str, str], float]:

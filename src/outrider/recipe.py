@@ -89,6 +89,13 @@ class ScheduleSection(_Section):
     decay: float = Field(default=0.2, gt=0, le=1, description="share of the steps that decay (wsd)")
 
 
+class DistillationSection(_Section):
+    """Learn from a larger model's laws of the next token, not from the text alone."""
+
+    teacher: str | None = Field(default=None, description="model folder of the target to imitate")
+    share: float = Field(default=1.0, gt=0, le=1, description="share of the loss that is the teacher's")
+
+
 class EvaluationSection(_Section):
     """Bits per byte on the validation split, always at the end and, if wished, on the way."""
 
@@ -119,6 +126,7 @@ class Recipe(_Section):
     training: TrainingSection
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
+    distillation: DistillationSection = DistillationSection()
     evaluation: EvaluationSection = EvaluationSection()
     snapshots: SnapshotSection = SnapshotSection()
     logging: LoggingSection = LoggingSection()

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,24 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from outrider.corpus import IGNORED, TokenCorpus, Tokenizer, prepare
 from outrider.errors import ConfigError, DiskError, NonFiniteLossError, SnapshotError
 from outrider.evaluation import evaluate_corpus
-from outrider.model import load_model
+from outrider.model import load_model, save_model
 from outrider.recipe import Recipe
 from outrider.training import train
-from outrider.training.objectives import next_token
+from outrider.training.objectives import distillation, next_token
 from outrider.training.snapshots import SnapshotStore
 from outrider.training.telemetry import METRICS, read_metrics
-from tests.conftest import TEXTS, Cli, assert_one_line_error
+from tests.conftest import TEXTS, Cli, assert_one_line_error, tiny_model
 
 WINDOWS = 33  # of 64 tokens in the tiny corpus; checked below, as the tests of a whole epoch lean on it
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small gain nothing from a second thread, and lose a lot on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def steps_of(path: Path) -> list[dict]:
@@ -79,7 +89,8 @@ def test_loss_falls(recipe_file: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_one_batch_can_be_learnt_by_heart(tmp_path: Path, recipe_file: Path, tokenizer: Tokenizer, kind: str) -> None:
+def test_one_batch_can_be_learnt_by_heart(tmp_path: Path, recipe_file: Path, tokenizer: Tokenizer,
+                                          kind: str) -> None:
     """A loop with any of its parts miswired (targets, mask, gradient, optimiser) does not get there."""
     text = tmp_path / "text.txt"
     text.write_text(" ".join(str(pow(3, n, 10_007)) for n in range(1, 20)))
@@ -95,8 +106,8 @@ def test_any_micro_batch_gives_the_same_training(tmp_path: Path, recipe_file: Pa
     """Losses are divided by the global token count, so also uneven parts and the padded tail agree."""
     runs = {}
     for micro in (0, 1, 2, 3, 4):
-        recipe = Recipe.load(recipe_file, [f"training.micro_batch={micro}", f"output='{tmp_path / str(micro)}'"])
-        result = train(recipe)
+        folder = tmp_path / str(micro)
+        result = train(Recipe.load(recipe_file, [f"training.micro_batch={micro}", f"output='{folder}'"]))
         runs[micro] = losses(result.metrics), dict(load_model(result.model).named_parameters())
     expected, weights = runs.pop(0)
     assert len(expected) == 10
@@ -108,8 +119,9 @@ def test_any_micro_batch_gives_the_same_training(tmp_path: Path, recipe_file: Pa
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.0])
-def test_steps_equal_a_loop_written_with_transformers(recipe_file: Path, model_folder: Path, clip: float) -> None:
-    """Ten steps from the same weights on the same batches, by another model, optimiser set-up and schedule."""
+def test_steps_equal_a_loop_written_with_transformers(recipe_file: Path, model_folder: Path,
+                                                      clip: float) -> None:
+    """Ten steps from the same weights on the same batches, with another model, optimiser and schedule."""
     objective = Recorder()
     recipe = Recipe.load(recipe_file, [f"model={{start_from='{model_folder}'}}", f"training.clip={clip}"])
     result = train(recipe, objective=objective)
@@ -121,7 +133,8 @@ def test_steps_equal_a_loop_written_with_transformers(recipe_file: Path, model_f
     assert len(objective.batches) == 10
     for step, (inputs, targets) in enumerate(objective.batches):
         # Two steps of warm-up, then a cosine to a tenth over the other eight.
-        rate = 1e-3 * ((step + 1) / 2 if step < 2 else 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 1) / 8)) / 2)
+        cosine = (1 + math.cos(math.pi * (step - 1) / 8)) / 2
+        rate = 1e-3 * ((step + 1) / 2 if step < 2 else 0.1 + 0.9 * cosine)
         for group in optimizer.param_groups:
             group["lr"] = rate
         logits = reference(input_ids=inputs).logits
@@ -190,14 +203,16 @@ def test_bf16_follows_fp32(tmp_path: Path, recipe_file: Path) -> None:
     assert half != full  # or the setting does nothing
 
 
-def test_fine_tuning_starts_at_the_models_own_loss(recipe_file: Path, model_folder: Path, corpus: Path) -> None:
+def test_fine_tuning_starts_at_the_models_own_loss(recipe_file: Path, model_folder: Path,
+                                                   corpus: Path) -> None:
     """One step over the whole corpus: its loss is the folder's, scored by the other package."""
     batch = WINDOWS * 64
-    recipe = Recipe.load(recipe_file, [f"model={{start_from='{model_folder}'}}", f"training.batch_tokens={batch}",
-                                       f"training.tokens={batch}"])
+    recipe = Recipe.load(recipe_file, [f"model={{start_from='{model_folder}'}}",
+                                       f"training.batch_tokens={batch}", f"training.tokens={batch}"])
     before = {path.name: path.read_bytes() for path in model_folder.iterdir()}
     loss = losses(train(recipe).metrics)[0]
-    assert loss == pytest.approx(evaluate_corpus(model_folder, corpus, split="train", context=64).loss, rel=1e-6)
+    expected = evaluate_corpus(model_folder, corpus, split="train", context=64).loss
+    assert loss == pytest.approx(expected, rel=1e-6)
     assert {path.name: path.read_bytes() for path in model_folder.iterdir()} == before
 
 
@@ -206,14 +221,16 @@ def test_fine_tuning_refuses_another_tokenizer(tmp_path: Path, recipe_file: Path
     text = tmp_path / "text.txt"
     text.write_text("\n".join(TEXTS))
     prepare([str(text)], tmp_path / "other", tokenizer=other, validation=0)
-    recipe = Recipe.load(recipe_file, [f"model={{start_from='{model_folder}'}}", f"data.path='{tmp_path / 'other'}'"])
+    recipe = Recipe.load(recipe_file, [f"model={{start_from='{model_folder}'}}",
+                                       f"data.path='{tmp_path / 'other'}'"])
     with pytest.raises(ConfigError, match="another tokenizer"):
         train(recipe)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("how", ["nan", "inf", "-inf", "gradient"])
-def test_a_non_finite_step_stops_and_keeps_the_last_snapshot(tmp_path: Path, recipe_file: Path, how: str) -> None:
+def test_a_non_finite_step_stops_and_keeps_the_last_snapshot(tmp_path: Path, recipe_file: Path,
+                                                             how: str) -> None:
     """The spoilt step leaves no trace: continuing without it gives the undisturbed result, bit for bit."""
     recipe = Recipe.load(recipe_file, ["snapshots.every=2"])
     with pytest.raises(NonFiniteLossError) as caught:
@@ -237,7 +254,7 @@ def test_a_non_finite_step_stops_and_keeps_the_last_snapshot(tmp_path: Path, rec
 
 def test_one_spoilt_micro_batch_is_enough(recipe_file: Path) -> None:
     recipe = Recipe.load(recipe_file, ["training.micro_batch=1"])
-    with pytest.raises(NonFiniteLossError, match="step 2.*no snapshot"):
+    with pytest.raises(NonFiniteLossError, match=r"step 2.*no snapshot"):
         train(recipe, objective=Recorder((7,)))  # four micro-batches a step: the third of step 2
 
 
@@ -246,7 +263,8 @@ def test_overflowing_weights_are_one_line_for_the_user(recipe_file: Path, cli: C
     assert_one_line_error(result, "step 1", "no snapshot")
 
 
-def test_the_model_folder_opens_in_transformers_with_the_same_logits(recipe_file: Path, tokenizer: Tokenizer) -> None:
+def test_the_model_folder_opens_in_transformers_with_the_same_logits(recipe_file: Path,
+                                                                     tokenizer: Tokenizer) -> None:
     objective = Recorder()
     result = train(Recipe.load(recipe_file), objective=objective)
     ids = torch.tensor([tokenizer.encode(TEXTS[3])[:100]])
@@ -257,7 +275,8 @@ def test_the_model_folder_opens_in_transformers_with_the_same_logits(recipe_file
         torch.testing.assert_close(reopened(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(load_model(result.model)(ids), expected, rtol=0, atol=0)
     assert Tokenizer.load(result.model).sha256 == tokenizer.sha256
-    assert (reopened.config.bos_token_id, reopened.config.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert reopened.config.bos_token_id == tokenizer.bos_id
+    assert reopened.config.eos_token_id == tokenizer.eos_id
 
 
 def test_bits_per_byte_is_what_evaluation_says(recipe_file: Path, corpus: Path) -> None:
@@ -268,7 +287,8 @@ def test_bits_per_byte_is_what_evaluation_says(recipe_file: Path, corpus: Path) 
     assert result.validation.tokens == scores.tokens == len(TokenCorpus(corpus, "validation")) - 1
     # By hand: the code length of the whole split over the bytes of its text.
     bits = scores.loss * scores.tokens / math.log(2)
-    assert scores.bits_per_byte == pytest.approx(bits / TokenCorpus(corpus, "validation").totals.bytes, rel=1e-9)
+    text = TokenCorpus(corpus, "validation").totals.bytes
+    assert scores.bits_per_byte == pytest.approx(bits / text, rel=1e-9)
     on_the_way = [record for record in read_metrics(result.metrics) if "bits_per_byte" in record]
     assert [record["step"] for record in on_the_way] == [4, 8, 10]
     assert on_the_way[-1]["bits_per_byte"] == result.validation.bits_per_byte
@@ -280,12 +300,67 @@ def test_evaluating_does_not_touch_the_training(tmp_path: Path, recipe_file: Pat
     assert losses(with_it.metrics) == losses(without.metrics)
 
 
-def test_a_corpus_without_validation_is_trained_on_all_the_same(tmp_path: Path, recipe_file: Path,
-                                                               text_folder: Path, tokenizer: Tokenizer) -> None:
+def test_a_corpus_without_validation_will_do(tmp_path: Path, recipe_file: Path, text_folder: Path,
+                                             tokenizer: Tokenizer) -> None:
     prepare([str(text_folder)], tmp_path / "all", tokenizer=tokenizer, validation=0)
     result = train(Recipe.load(recipe_file, [f"data.path='{tmp_path / 'all'}'", "evaluation.every=2"]))
     assert result.validation is None
     assert len(read_metrics(result.metrics)) == 10
+
+
+def test_distillation_is_the_cross_entropy_against_the_teachers_law() -> None:
+    """Against torch's cross-entropy with soft targets; padded places do not count."""
+    teacher, student = tiny_model(1), tiny_model(2)
+    ids = torch.randint(0, 300, (3, 17), generator=torch.Generator().manual_seed(0))
+    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+    targets[2, 10:] = IGNORED
+    counted = targets.flatten() != IGNORED
+    logits = student(inputs).flatten(0, 1)[counted]
+    soft = F.cross_entropy(logits, teacher(inputs).flatten(0, 1)[counted].softmax(-1), reduction="sum")
+    hard = F.cross_entropy(logits, targets.flatten()[counted], reduction="sum")
+    assert abs(soft - hard) > 1  # or the shares below tell nothing
+    for share in (1.0, 0.5, 0.1):
+        found = distillation(teacher, share)(student, inputs, targets)
+        torch.testing.assert_close(found, share * soft + (1 - share) * hard, rtol=1e-5, atol=1e-3)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
+    """At equality the loss is the teacher's entropy, a minimum; the teacher itself is never changed."""
+    teacher, student = tiny_model(1), tiny_model(1).requires_grad_(True)
+    ids = torch.arange(60).view(2, 30)
+    loss = distillation(teacher)(student, ids, ids)
+    loss.backward()
+    law = teacher(ids).softmax(-1)
+    torch.testing.assert_close(loss.detach(), -(law * law.log()).sum(), rtol=1e-5, atol=1e-4)
+    assert all(p.grad is not None and p.grad.abs().max() < 1e-3 for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_distilling_brings_the_draft_closer_to_its_target(recipe_file: Path, model_folder: Path,
+                                                          tokenizer: Tokenizer) -> None:
+    """The random target knows nothing of the text, so only its own law can lead the draft to it."""
+    ids = torch.tensor([tokenizer.encode(text)[:60] for text in TEXTS[:4]])
+    law = load_model(model_folder)(ids).softmax(-1)
+
+    def distance(folder: Path) -> float:
+        return F.kl_div(load_model(folder)(ids).log_softmax(-1), law, reduction="none").sum(-1).mean().item()
+
+    shorter = ["training.tokens=256", "optimizer.lr=1e-9", f"output='{recipe_file.parent / 'untrained'}'"]
+    untrained = train(Recipe.load(recipe_file, shorter))
+    recipe = Recipe.load(recipe_file, [f"distillation.teacher='{model_folder}'", "training.tokens=25600",
+                                       "optimizer.lr=1e-2"])
+    trained = train(recipe)
+    assert distance(trained.model) < 0.7 * distance(untrained.model)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path, recipe_file: Path, corpus: Path) -> None:
+    other = Tokenizer.train_bpe([text.upper() for text in TEXTS], 300)
+    folder = tmp_path / "teacher"
+    save_model(tiny_model(1), folder, tokenizer_from=corpus)
+    other.save(folder)
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        train(Recipe.load(recipe_file, [f"distillation.teacher='{folder}'"]))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_watcher_hears_of_every_step(recipe_file: Path) -> None:
@@ -306,7 +381,7 @@ def test_the_watcher_hears_of_every_step(recipe_file: Path) -> None:
 def test_an_existing_run_is_replaced_only_when_asked(tmp_path: Path, recipe_file: Path) -> None:
     first = train(Recipe.load(recipe_file))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match="--resume.*--force"):
+    with pytest.raises(ConfigError, match=r"--resume.*--force"):
         train(Recipe.load(recipe_file))
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     second = train(Recipe.load(recipe_file, ["training.seed=1", "training.tokens=1024"]), replace=True)
@@ -321,7 +396,7 @@ def test_a_full_disk_at_a_snapshot_keeps_the_earlier_ones(tmp_path: Path, recipe
     from torch.distributed.checkpoint.filesystem import FileSystem
     create, calls = FileSystem.create_stream, 0
 
-    def create_stream(self, path, mode):  # noqa: ANN001, ANN202 - torch's signature
+    def create_stream(self, path, mode):
         nonlocal calls
         calls += str(path).endswith(".safetensors")
         if calls > 1:

@@ -42,14 +42,14 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=1 << 24)
+    hidden_size: int = Field(gt=0, le=1 << 20)
+    intermediate_size: int = Field(gt=0, le=1 << 22)
+    num_hidden_layers: int = Field(gt=0, le=1_000)
+    num_attention_heads: int = Field(gt=0, le=1 << 14)
     num_key_value_heads: int = Field(default=0, ge=0, description="0 means num_attention_heads")
-    head_dim: int = Field(default=0, ge=0, description="0 means hidden_size / num_attention_heads")
-    max_position_embeddings: int = Field(default=2048, gt=0)
+    head_dim: int = Field(default=0, ge=0, le=1 << 14, description="0 means hidden_size / num_attention_heads")
+    max_position_embeddings: int = Field(default=2048, gt=0, le=1 << 24)
     rms_norm_eps: float = Field(default=1e-5, gt=0)
     rope_theta: float = Field(default=10_000.0, gt=0)
     rope_scaling: RopeScaling | None = None

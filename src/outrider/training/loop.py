@@ -21,7 +21,7 @@ from outrider.model.folder import load_config, load_model, resolve_folder, save_
 from outrider.model.likelihood import Score, score
 from outrider.model.llama import Llama
 from outrider.recipe import Recipe
-from outrider.training.objectives import Objective, next_token
+from outrider.training.objectives import Objective, distillation, next_token
 from outrider.training.optimizers import build_optimizer, learning_rate
 from outrider.training.signals import StopRequest
 from outrider.training.snapshots import Progress, SnapshotStore, restore
@@ -57,7 +57,7 @@ class TrainingResult:
     tokens_per_second: float
 
 
-def train(recipe: Recipe, *, resume: bool = False, replace: bool = False, objective: Objective = next_token,
+def train(recipe: Recipe, *, resume: bool = False, replace: bool = False, objective: Objective | None = None,
           watcher: Watcher | None = None, warn: Callable[[str], None] = console.print) -> TrainingResult:
     """Train a model as `recipe` says and write it as a model folder, `RUN/model`.
 
@@ -65,7 +65,7 @@ def train(recipe: Recipe, *, resume: bool = False, replace: bool = False, object
         recipe: what to do.
         resume: continue from the run's newest good snapshot; without any snapshot, start.
         replace: start anew although the run's folder has results.
-        objective: what to minimise.
+        objective: what to minimise; default: what the recipe says, next token or distillation.
         watcher: told of progress after every step.
         warn: given one line for each thing a person should know.
 
@@ -97,8 +97,9 @@ def train(recipe: Recipe, *, resume: bool = False, replace: bool = False, object
 class _Run:
     """The parts of one training run, and what each step does with them."""
 
-    def __init__(self, recipe: Recipe, objective: Objective, watcher: Watcher, warn: Callable[[str], None]) -> None:
-        self.recipe, self.objective, self.watcher, self.warn = recipe, objective, watcher, warn
+    def __init__(self, recipe: Recipe, objective: Objective | None, watcher: Watcher,
+                 warn: Callable[[str], None]) -> None:
+        self.recipe, self.watcher, self.warn = recipe, watcher, warn
         settings = recipe.training
         self.device = pick_device(settings.device)
         if settings.threads:
@@ -108,6 +109,7 @@ class _Run:
         self.corpus_sha256 = sha256_file(self.corpus.folder / MANIFEST)
         self.batches = ShuffledBatches(Windows(self.corpus, settings.context), recipe.batch_windows, settings.seed)
         self.model = _build_model(recipe, self.corpus, self.device)
+        self.objective = objective or _build_objective(recipe, self.corpus, self.device)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = build_optimizer(self.model, recipe.optimizer, self.device)
         self.store = SnapshotStore(recipe.folder / "snapshots", keep=recipe.snapshots.keep)
@@ -243,6 +245,15 @@ def _build_model(recipe: Recipe, corpus: TokenCorpus, device: torch.device) -> L
     # On the CPU, so that a seed gives the same weights on every device.
     model.reset_parameters(torch.Generator().manual_seed(recipe.training.seed))
     return model.to(device)
+
+
+def _build_objective(recipe: Recipe, corpus: TokenCorpus, device: torch.device) -> Objective:
+    if recipe.distillation.teacher is None:
+        return next_token
+    folder = resolve_folder(recipe.distillation.teacher)
+    recipe.check_fits(load_config(folder), corpus.manifest.tokenizer.vocab_size)
+    _check_same_tokenizer(folder, corpus)
+    return distillation(load_model(folder, dtype=torch.float32, device=device), recipe.distillation.share)
 
 
 def _check_same_tokenizer(folder: Path, corpus: TokenCorpus) -> None:
