@@ -297,7 +297,7 @@ def doctor(
     if as_json:
         _print_json(found.dump())
         return
-    units = {"flops": "FLOP/s", "bytes": "B/s", "tokens": "tokens/s"}
+    units = {"flops": (1e9, "GFLOP/s"), "bytes": (1e9, "GB/s"), "tokens": (1, "tokens/s")}
     _table("doctor", [], [
         ("outrider", found.outrider), ("torch", f"{found.torch} ({found.build} build)"),
         *(("device", device) for device in found.devices),
@@ -305,8 +305,8 @@ def doctor(
         ("memory", size(found.memory) if found.memory else "unknown"), ("free disk", size(found.free_disk)),
         *((f"extra [{name}]".replace("[", r"\["), "installed" if not missing else f"lacks {', '.join(missing)}")
           for name, missing in found.extras.items()),
-        *((name.replace("_", " "), f"{count(value)} {units[name.rsplit('_', 1)[1]]}")
-          for name, value in found.speed.items()),
+        *((name.rpartition("_")[0].replace("_", " ") + " speed", f"{value / divisor:,.0f} {unit}")
+          for name, value in found.speed.items() for divisor, unit in (units[name.rpartition("_")[2]],)),
     ])
     for line in found.advice or ["nothing to fix"]:
         console.print(f"-> {line}", soft_wrap=True, markup=False)
@@ -339,20 +339,17 @@ def _write_stream(prompt: str, rounds: Any, decoder: Any, result: Any, colour: b
     from rich.console import Console
 
     out = Console(highlight=False, soft_wrap=True, force_terminal=True if colour else None)
-    out.print(prompt, end="", markup=False)
-    if colour:
-        text = decoder.tokenizer.stream()
-        for tokens in rounds:
+    stream, shown = decoder.tokenizer.stream(), 0
+    for number, tokens in enumerate(rounds):
+        if number == 0:  # not before: a request that is refused prints nothing
+            out.print(prompt, end="", markup=False)
+        if colour:
             for token in tokens:
-                out.print(text.feed(token.id), end="", markup=False, style="green" if token.drafted else None)
-    else:
-        shown = 0
-        for _ in rounds:
-            if not has_stop:
-                out.print(result.text[shown:], end="", markup=False)
-                shown = len(result.text)
-        out.print(result.text[shown:], end="", markup=False)
-    out.print()
+                out.print(stream.feed(token.id), end="", markup=False, style="green" if token.drafted else None)
+        elif not has_stop:
+            out.print(result.text[shown:], end="", markup=False)
+            shown = len(result.text)
+    out.print(result.text[shown:] if has_stop and not colour else "", markup=False)
 
 
 def _show_statistics(result: Any, drafting: bool) -> None:

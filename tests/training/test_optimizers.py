@@ -114,7 +114,8 @@ def gradients(network: Llama, seed: int) -> list[Tensor]:
     return [torch.randn(p.shape, generator=generator) * 0.01 for p in network.parameters()]
 
 
-def take_steps(network: Llama, optimizers: Sequence[torch.optim.Optimizer | Optimizers], steps: int = 4) -> None:
+def take_steps(network: Llama, optimizers: Sequence[torch.optim.Optimizer | Optimizers],
+               steps: int = 4) -> None:
     for step in range(steps):
         for parameter, gradient in zip(network.parameters(), gradients(network, step), strict=True):
             parameter.grad = gradient

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def acceptance_chart(curves: Mapping[str, Sequence[float]]) -> str:
     axes, figure = _axes()
     for index, (name, shares) in enumerate(curves.items()):
         axes.plot(range(1, len(shares) + 1), shares, marker="o", label=name, color=COLOURS[index % len(COLOURS)])
-    axes.set(xlabel="place in the proposal", ylabel="accepted, of those the target had a say on", ylim=(0, 1.02))
+    axes.set(xlabel="place in the proposal", ylabel="share accepted", ylim=(0, 1.02))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return _svg(figure)
@@ -46,7 +47,7 @@ def acceptance_chart(curves: Mapping[str, Sequence[float]]) -> str:
 
 def speed_chart(bars: Mapping[str, tuple[float, float]]) -> str:
     """Return pairs of bars: name -> tokens/s alone and with the draft."""
-    axes, figure = _axes(height=1.0 + 0.8 * len(bars))
+    axes, figure = _axes(height=1.3 + 0.8 * len(bars))
     for index, (alone, drafted) in enumerate(bars.values()):
         axes.barh(index - 0.18, alone, height=0.34, color=GRID, label="target alone" if not index else None)
         axes.barh(index + 0.18, drafted, height=0.34, color=COLOURS[0], label="with the draft" if not index else None)
@@ -55,7 +56,7 @@ def speed_chart(bars: Mapping[str, tuple[float, float]]) -> str:
     axes.invert_yaxis()
     axes.set_xlabel("tokens per second")
     axes.margins(x=0.15)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     axes.grid(axis="y", visible=False)
     return _svg(figure)
 
@@ -74,7 +75,8 @@ def _svg(figure: Figure) -> str:
     with mpl.rc_context(_STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg"):]
+    # matplotlib's metadata names web addresses; nothing in the page should.
+    return re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg"):], flags=re.DOTALL)
 
 
 def _tokens(value: float, _position: object = None) -> str:
