@@ -29,6 +29,12 @@ def make(folder: Path, text: str, *, replace: bool = False) -> None:
         (staging / "sub" / "b.txt").write_text(text * 2)
 
 
+def fail_half_way(folder: Path, error: BaseException, *, replace: bool) -> None:
+    with atomic_folder(folder, replace=replace) as staging:
+        (staging / "a.txt").write_text("half")
+        raise error
+
+
 def test_a_folder_takes_its_name_only_at_the_end(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "deep" / "new") as staging:
         (staging / "a.txt").write_text("x")
@@ -61,9 +67,8 @@ def test_an_exception_leaves_nothing(tmp_path: Path, error: BaseException, repla
     if replace:
         make(tmp_path / "f", "old")
     before = contents(tmp_path)
-    with pytest.raises(type(error)), atomic_folder(tmp_path / "f", replace=replace) as staging:
-        (staging / "a.txt").write_text("half")
-        raise error
+    with pytest.raises(type(error)):
+        fail_half_way(tmp_path / "f", error, replace=replace)
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == (["f"] if replace else [])
 
@@ -71,9 +76,8 @@ def test_an_exception_leaves_nothing(tmp_path: Path, error: BaseException, repla
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
 def test_a_disk_that_refuses_gives_one_line(tmp_path: Path, code: int) -> None:
     make(tmp_path / "f", "old")
-    with pytest.raises(DiskError) as caught, atomic_folder(tmp_path / "f", replace=True) as staging:
-        (staging / "a.txt").write_text("half")
-        raise OSError(code, os.strerror(code))
+    with pytest.raises(DiskError) as caught:
+        fail_half_way(tmp_path / "f", OSError(code, os.strerror(code)), replace=True)
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "f") in str(caught.value)
     assert contents(tmp_path) == {"f/a.txt": b"old", "f/sub/b.txt": b"oldold"}
@@ -152,8 +156,7 @@ def test_a_crash_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, verb: s
     lines = done.stdout.splitlines()
     assert len(lines) > 3  # there were moments to stop at
     assert lines[-1] == "0 new"
-    broken = [f"moment {number}: {line}" for number, line in enumerate(lines, 1) if line.split()[1] not in ("old", "new")]
-    assert not broken
+    assert [line for line in lines if line.split()[1] not in ("old", "new")] == []
 
 
 def test_text_is_replaced_whole(tmp_path: Path) -> None:

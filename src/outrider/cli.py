@@ -159,6 +159,22 @@ def evaluate(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="GGUF file, or llama2.c '.bin'.")],
+    out: Annotated[Path, typer.Option(help="Model folder to make.")],
+    tokenizer: Annotated[Optional[Path], typer.Option(help="Tokenizer to put in; default: the file's own.")] = None,  # noqa: UP045
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    force: Force = False,
+) -> None:
+    """Turn a GGUF or llama2.c model into a Hugging Face folder, dequantised."""
+    from outrider.convert import convert as run
+
+    with Display(f"convert {source.name}") as display:
+        config = run(source, out, tokenizer=tokenizer, dtype=dtype, replace=force, watcher=display)
+    console.print(f"{count(config.num_parameters)} parameters: {out}")
+
+
+@app.command()
 def generate(
     target: Annotated[str, typer.Option(help="Model folder or hub id.")],
     prompt: Annotated[Optional[str], typer.Argument(help="Text to continue; default: standard input.")] = None,  # noqa: UP045

@@ -317,7 +317,7 @@ def test_a_folder_without_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_binary_file(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(SourceError, match="not text|not UTF-8"):
+    with pytest.raises(SourceError, match=r"not text|not UTF-8"):
         texts(tmp_path / name)
 
 
@@ -423,7 +423,7 @@ def test_a_parquet_file_cut_or_damaged_anywhere(tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         with pytest.raises(SourceError):
             texts(path)
-    refused = 0
+    messages = []
     for place in range(len(whole)):
         damaged = bytearray(whole)
         damaged[place] ^= 0xFF
@@ -431,9 +431,9 @@ def test_a_parquet_file_cut_or_damaged_anywhere(tmp_path: Path) -> None:
         try:
             texts(path)
         except SourceError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert refused
+            messages.append(str(error))
+    assert messages
+    assert [message for message in messages if "\n" in message] == []
 
 
 def bad_utf8_parquet(path: Path) -> None:

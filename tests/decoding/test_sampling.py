@@ -180,7 +180,7 @@ def test_any_whole_number_is_a_seed_or_is_refused(kind: type, seed: int) -> None
 
 def test_shared_noise_follows_the_law_over_positions() -> None:
     law, noise = some_law(), SharedNoise(6)
-    assert chi_square_p(count(lambda position: noise.pick(law, position), 12, 20_000), law) > FALSE_ALARM
+    assert chi_square_p(count(lambda position: noise.pick(law, position), 12, 10_000), law) > FALSE_ALARM
 
 
 def test_shared_noise_follows_the_law_over_seeds() -> None:
@@ -193,9 +193,9 @@ def test_neighbouring_positions_are_independent() -> None:
     law = some_law(6)
     product = torch.outer(law, law).flatten()
     noise = SharedNoise(8)
-    along = count(lambda p: 6 * noise.pick(law, 2 * p) + noise.pick(law, 2 * p + 1), 36, 10_000)
+    along = count(lambda p: 6 * noise.pick(law, 2 * p) + noise.pick(law, 2 * p + 1), 36, 6_000)
     assert chi_square_p(along, product) > FALSE_ALARM
-    across = count(lambda s: 6 * SharedNoise(2 * s).pick(law, 3) + SharedNoise(2 * s + 1).pick(law, 3), 36, 8_000)
+    across = count(lambda s: 6 * SharedNoise(2 * s).pick(law, 3) + SharedNoise(2 * s + 1).pick(law, 3), 36, 5_000)
     assert chi_square_p(across, product) > FALSE_ALARM
 
 

@@ -163,7 +163,7 @@ def test_a_polite_signal_saves_and_leaves(tmp_path: Path, recipe_file: Path, num
 @pytest.mark.parametrize("stop_at", [1, 7, 33, STEPS - 1])
 def test_stopping_anywhere_changes_nothing(tmp_path: Path, recipe_file: Path, kind: str, stop_at: int,
                                            undisturbed: Callable[[str], Outcome]) -> None:
-    """The first and the last step, one that also evaluates (7), one beyond an epoch (33 windows, 4 a step)."""
+    """The first and the last step, one that also evaluates (7), one beyond an epoch (33 windows)."""
     recipe = Recipe.load(recipe_file, overrides(kind))
     with pytest.raises(Interrupted) as caught:
         train(recipe, watcher=StopAt(stop_at))
@@ -253,7 +253,8 @@ COMPUTED = {
     "training.context": "32", "training.micro_batch": "2", "training.precision": '"bf16"',
     "training.clip": "0.5", "training.seed": "3", "optimizer.kind": '"muon"', "optimizer.lr": "2e-3",
     "optimizer.betas": "[0.8, 0.95]", "optimizer.eps": "1e-7", "optimizer.weight_decay": "0.2",
-    "schedule.kind": '"wsd"', "schedule.warmup": "3", "schedule.final": "0.2", "schedule.decay": "0.3", "distillation.share": "0.5",
+    "schedule.kind": '"wsd"', "schedule.warmup": "3", "schedule.final": "0.2", "schedule.decay": "0.3",
+    "distillation.share": "0.5",
 }
 #: And for those that do not.
 FREE = {"evaluation.every": "2", "evaluation.tokens": "100", "snapshots.every": "4", "snapshots.keep": "1"}

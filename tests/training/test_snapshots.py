@@ -285,10 +285,10 @@ def state_binary(path: Path) -> None:
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "cut by a byte": damage_cut, "cut by half": damage_half, "emptied": damage_empty,
-    "missing": damage_missing, "longer": damage_longer, "a folder in its place": damage_other_folder, "no state": state_missing,
-    "empty state": state_with(""), "cut state": state_with('{"format": "outrider-snap'),
-    "state a list": state_with("[]"), "state a number": state_with("3"), "state empty": state_with("{}"),
-    "state not text": state_binary,
+    "missing": damage_missing, "longer": damage_longer, "a folder in its place": damage_other_folder,
+    "no state": state_missing, "empty state": state_with(""),
+    "cut state": state_with('{"format": "outrider-snap'), "state a list": state_with("[]"),
+    "state a number": state_with("3"), "state empty": state_with("{}"), "state not text": state_binary,
     **{f"state lacks {'.'.join(keys)}": state_without(*keys) for keys in (
         ("files",), ("recipe",), ("corpus_sha256",), ("progress",), ("progress", "step"),
         ("progress", "tokens"), ("progress", "position"), ("progress", "position", "window"),

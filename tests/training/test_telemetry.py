@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from outrider.devices import peak_flops, pick_device
 from outrider.errors import MissingExtraError
@@ -18,6 +20,15 @@ from outrider.training import train
 from outrider.training.snapshots import SnapshotStore
 from outrider.training.telemetry import METRICS, MetricsLog, Speedometer, read_metrics
 from tests.conftest import tiny_config
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small gain nothing from a second thread, and lose a lot on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_the_schema_of_a_run(recipe_file: Path) -> None:

@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import DecodeStream
 
+from outrider.corpus.backends import Piece, PieceRules, from_pieces
 from outrider.errors import MissingExtraError, TokenizerError
 from outrider.files import write_json, write_text_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", END_OF_TEXT)
 _EOS_NAMES = ("</s>", END_OF_TEXT, "<|end_of_text|>", "<eos>", "<|im_end|>")
-_SPACE = "▁"
-# Enumerations of sentencepiece_model.proto.
+# Model types in sentencepiece_model.proto.
 _UNIGRAM, _BPE = 1, 2
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
 class Tokenizer:
@@ -171,11 +170,7 @@ def _configured_names(path: Path) -> dict[str, str]:
 
 
 def _from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
-    """Rebuild a SentencePiece model in `tokenizers`, with identical ids.
-
-    SentencePiece's BPE joins, at each step, the adjacent pair whose joined piece has the best score, so
-    the merge list is every split of every piece into two pieces, ordered by the joined piece's score.
-    """
+    """Read a SentencePiece model (BPE or unigram)."""
     try:
         from sentencepiece import sentencepiece_model_pb2 as schema
     except ImportError as error:
@@ -189,45 +184,11 @@ def _from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
         raise TokenizerError(f"{path} is not a SentencePiece model") from error
     if not proto.pieces:
         raise TokenizerError(f"{path} is not a SentencePiece model: it has no pieces")
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    mergeable = [piece.type in (_NORMAL, _USER_DEFINED) for piece in proto.pieces]
-    unknown = proto.trainer_spec.unk_id
-    kind = proto.trainer_spec.model_type
-    if kind == _BPE:
-        model: Any = models.BPE(
-            {piece: index for index, (piece, _) in enumerate(pieces)}, list(_merges(pieces, mergeable)),
-            unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback)
-    elif kind == _UNIGRAM:
-        model = models.Unigram(pieces, unknown, byte_fallback=proto.trainer_spec.byte_fallback)
-    else:
-        raise TokenizerError(f"{path}: SentencePiece model type {kind} is not supported (BPE and unigram are)")
-    backend = tokenizers.Tokenizer(model)
-    rules = proto.normalizer_spec
-    steps: list[Any] = []
-    if rules.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
-    if rules.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
-    if rules.add_dummy_prefix:
-        steps.append(normalizers.Prepend(_SPACE))
-    steps.append(normalizers.Replace(" ", _SPACE))
-    backend.normalizer = normalizers.Sequence(steps)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
-         *([decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else [])])
-    special = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]
-    backend.add_special_tokens([tokenizers.AddedToken(piece, normalized=False, special=True) for piece in special])
-    bos = proto.trainer_spec.bos_id
-    if bos >= 0:
-        name = pieces[bos][0]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, bos)])
-    return backend
-
-
-def _merges(pieces: list[tuple[str, float]], mergeable: list[bool]) -> Iterator[tuple[str, str]]:
-    ranks = {piece: index for index, (piece, _) in enumerate(pieces) if mergeable[index]}
-    for piece, _ in sorted((pieces[index] for index in ranks.values()), key=lambda item: -item[1]):
-        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))
-                  if piece[:cut] in ranks and piece[cut:] in ranks]
-        yield from sorted(splits, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type not in (_UNIGRAM, _BPE):
+        raise TokenizerError(f"{path}: SentencePiece model type {trainer.model_type} is not supported; BPE and "
+                             "unigram are")
+    return from_pieces([Piece(piece.piece, piece.score, piece.type) for piece in proto.pieces], PieceRules(
+        unigram=trainer.model_type == _UNIGRAM, byte_fallback=trainer.byte_fallback,
+        add_dummy_prefix=normalizer.add_dummy_prefix, charsmap=normalizer.precompiled_charsmap,
+        remove_extra_whitespaces=normalizer.remove_extra_whitespaces, bos_id=trainer.bos_id))
