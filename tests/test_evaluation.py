@@ -27,8 +27,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def independent(model: Path, corpus: Path, split: Split, context: int, windows: int | None = None) -> tuple[float, int]:
-    """Summed nats and tokens, one window at a time: transformers shifts the labels and takes the mean itself."""
+def independent(model: Path, corpus: Path, split: Split, context: int,
+                windows: int | None = None) -> tuple[float, int]:
+    """Summed nats and tokens, one window at a time: transformers shifts the labels and takes the mean."""
     theirs = AutoModelForCausalLM.from_pretrained(model)
     text = TokenCorpus(corpus, split)
     stream = torch.from_numpy(text.read(0, len(text)))

@@ -18,7 +18,7 @@ RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.toml"
 
 SMALLEST: dict[str, Any] = {"name": "small", "model": {"preset": "draft-1m"}, "data": {"path": "data/x"},
                             "training": {"tokens": 1000}}
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+SHAPE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 1024}
 
 

@@ -345,7 +345,7 @@ def benchmark_rows(result: Any) -> list[tuple[str, str, str]]:
 
 
 def _width(text: str) -> Any:
-    if text == "auto" or text.isdigit():
+    if text == "auto" or (text.isascii() and text.isdigit()):
         return text if text == "auto" else int(text)
     raise DecodingError(f"--width takes a whole number or 'auto', not '{text}'")
 
@@ -355,7 +355,7 @@ def _write_stream(prompt: str, rounds: Any, decoder: Any, result: Any, colour: b
     from rich.console import Console
 
     out = Console(highlight=False, soft_wrap=True, force_terminal=True if colour else None)
-    stream, shown = decoder.tokenizer.stream(), 0
+    stream, shown = decoder.tokenizer.stream(decoder.tokenizer.encode(prompt)), 0
     for number, tokens in enumerate(rounds):
         if number == 0:  # not before: a request that is refused prints nothing
             out.print(prompt, end="", markup=False)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from outrider.console import Silent, Watcher, size
 from outrider.corpus.backends import Piece, PieceRules, from_merges, from_pieces
@@ -15,6 +14,7 @@ from outrider.corpus.tokenizer import Tokenizer
 from outrider.errors import ModelFolderError, TokenizerError
 from outrider.files import atomic_folder, write_json
 from outrider.model.config import ModelConfig
+from outrider.model.folder import write_tensors
 from outrider.model.gguf import GGUFFile, GGUFVocabulary
 from outrider.model.llama2c import Llama2CFile
 
@@ -66,12 +66,12 @@ def _write_tensors(tensors: Iterable[tuple[str, np.ndarray]], folder: Path, dtyp
     def flush() -> None:
         nonlocal held
         path = folder / f"part-{len(files):05d}.safetensors"
-        save_file(parts[0], path, metadata={"format": "pt"})
+        write_tensors(parts[0], path)
         files.append((path, list(parts[0])))
         parts[0], held = {}, 0
 
     for name, values in tensors:
-        tensor = torch.from_numpy(np.require(values, requirements="CW")).to(dtype)
+        tensor = torch.from_numpy(np.require(values, requirements=["C", "W"])).to(dtype)
         parts[0][name] = tensor
         held, total = held + tensor.nbytes, total + tensor.nbytes
         watcher.update(total, None, f"{size(total)} written, {name}")

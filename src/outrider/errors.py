@@ -78,6 +78,10 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
             errno.EROFS: "the file system is read-only; choose another folder",
             errno.EACCES: "permission denied; choose a folder you may write to",
+            errno.EPERM: "permission denied; choose a folder you may write to",
+            errno.EEXIST: "a file is where a folder should be; choose another folder",
+            errno.ENOTDIR: "a file is where a folder should be; choose another folder",
+            errno.ENAMETOOLONG: "the name is too long; choose another folder",
         }.get(error.errno or 0)
         if reason is None:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -29,9 +30,9 @@ def atomic_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]
         DiskError: `destination` exists and `replace` is false, or the disk is full.
     """
     destination = Path(destination)
-    if destination.exists() and not replace:
-        raise DiskError(f"{destination} exists already; choose another folder or pass --force")
     with disk_errors(destination):
+        if destination.exists() and not replace:
+            raise DiskError(f"{destination} exists already; choose another folder or pass --force")
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
     try:
@@ -40,6 +41,9 @@ def atomic_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]
             yield staging
             _sync_tree(staging)
             _take_name(staging, destination)
+    except DiskError as error:
+        # Named as the user knows it: by now the temporary folder is of no interest.
+        raise DiskError(str(error).replace(str(staging), str(destination))) from error
     finally:
         if staging.exists():
             shutil.rmtree(staging, ignore_errors=True)
@@ -95,18 +99,31 @@ def _sync(path: Path) -> None:
 
 
 def _take_name(staging: Path, destination: Path) -> None:
-    """Rename `staging` to `destination`, moving an earlier folder of that name aside first."""
-    old = None
-    if destination.exists():
+    """Give `staging` the name `destination`; an earlier folder of that name goes once the new one is there."""
+    if not destination.exists():
+        staging.rename(destination)
+    elif not _exchange(staging, destination):
+        # Where names cannot be exchanged in one step there is a moment without the folder.
         old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".old", dir=destination.parent))
         destination.rename(old / destination.name)
-    try:
-        staging.rename(destination)
-    except OSError:
-        if old is not None:
+        try:
+            staging.rename(destination)
+        except OSError:
             (old / destination.name).rename(destination)
-        raise
-    finally:
-        if old is not None:
+            raise
+        finally:
             shutil.rmtree(old, ignore_errors=True)
     _sync(destination.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step (Linux's renameat2, macOS's renamex_np); False where there is no such call."""
+    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    names = os.fsencode(one.absolute()), os.fsencode(other.absolute())
+    if hasattr(library, "renameat2"):
+        here, exchange = -100, 2
+        return library.renameat2(here, names[0], here, names[1], exchange) == 0  # type: ignore[union-attr]
+    if hasattr(library, "renamex_np"):
+        swap = 2
+        return library.renamex_np(*names, swap) == 0  # type: ignore[union-attr]
+    return False

@@ -11,6 +11,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterable
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,10 +27,13 @@ _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 def parse_count(value: Any) -> Any:
     """Read `2M`, `1.5B`, `670_000` or a plain number as an integer; leave anything else for pydantic to refuse."""
     if isinstance(value, str):
-        match = re.fullmatch(r"([\d_]+(?:\.\d+)?)\s*([kKmMbBtT]?)", value.strip())
-        if match is None:
+        match = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?)\s*([kKmMbBtT]?)", value.strip())
+        number = Decimal(match[1].replace("_", "")) * _SUFFIXES[match[2].lower()] if match else Decimal("0.5")
+        if number != int(number):
             raise ValueError("write a whole number, or one with k, M, B or T, such as 2M")
-        return round(float(match[1].replace("_", "")) * _SUFFIXES[match[2].lower()])
+        return int(number)
+    if isinstance(value, bool):
+        raise ValueError("write a whole number, not true or false")
     return value
 
 
@@ -37,7 +41,7 @@ Count = Annotated[int, BeforeValidator(parse_count)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -119,7 +123,7 @@ class LoggingSection(_Section):
 class Recipe(_Section):
     """Everything a training run needs to know."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^\w[\w.-]*$")
     output: str = Field(default="", description="run folder; default: runs/NAME")
     model: ModelSection
     data: DataSection
@@ -170,8 +174,15 @@ class Recipe(_Section):
             raise ConfigError(f"{where}: [model] needs either preset, start_from, or the fields of a shape")
         if recipe.model.start_from is not None and (recipe.model.preset or recipe.model.model_extra):
             raise ConfigError(f"{where}: [model] start_from takes the folder's shape; remove the other keys")
-        if recipe.model.start_from is None and recipe.model.preset is not None:
-            recipe.model_shape(tokenizer_size=1)  # refuse an impossible shape before anything is read
+        for key in recipe.model.model_extra or {}:
+            if key not in ModelConfig.model_fields:
+                raise ConfigError(f"{where}: model: unknown key '{key}'" + _nearest(
+                    key, [*ModelSection.model_fields, *ModelConfig.model_fields]))
+        if recipe.model.start_from is None:
+            try:  # refuse an impossible shape before anything is read
+                recipe.model_shape(tokenizer_size=1)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from error
         return recipe
 
     @property
@@ -233,7 +244,7 @@ class Recipe(_Section):
 def _apply(values: dict[str, Any], override: str) -> None:
     """Set one dotted key in `values`; the value is read as TOML if it parses, else as a string."""
     key, equals, raw = override.partition("=")
-    if not equals or not key.strip():
+    if not equals or not all(part.strip() for part in key.split(".")):
         raise ConfigError(f"override '{override}': write section.key=value")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
@@ -255,5 +266,9 @@ def _suggestion(error: ValidationError) -> str:
     section: Any = Recipe
     for part in first["loc"][:-1]:
         section = section.model_fields[str(part)].annotation
-    close = difflib.get_close_matches(str(first["loc"][-1]), section.model_fields, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(section.model_fields)}"
+    return _nearest(str(first["loc"][-1]), list(section.model_fields))
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(known)}"

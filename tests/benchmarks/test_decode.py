@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from collections.abc import Callable, Iterator
@@ -33,7 +34,8 @@ class Recording:
     """A decoder that notes in which order it is asked."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.decoder, self.calls = decoder, []
+        self.decoder = decoder
+        self.calls: list[tuple[str, bool]] = []
         self.target = decoder.target
 
     def generate(self, prompt: str, **options: Any) -> Generation:
@@ -51,15 +53,16 @@ def decoder(model_folder: Path, draft_folder: Path) -> Decoder:
 ])
 @pytest.mark.parametrize("width", [3, "auto"])
 def test_every_prompt_is_identical(decoder: Decoder, sampling: Sampling, method: Any, width: Any) -> None:
-    benchmark = benchmark_decode(decoder, PROMPTS, max_new_tokens=12, sampling=sampling, method=method, width=width)
+    benchmark = benchmark_decode(decoder, PROMPTS, max_new_tokens=12, sampling=sampling, method=method,
+                                 width=width)
     assert benchmark.comparable
     assert benchmark.identical == len(PROMPTS)
     assert [result.prompt for result in benchmark.prompts] == PROMPTS
+    seeded = dataclasses.replace(sampling, seed=sampling.seed or 0)
     for result in benchmark.prompts:
         assert result.identical
         assert result.draft_tokens == decoder.generate(
-            result.prompt, max_new_tokens=12, sampling=Sampling(**{**vars(sampling), "seed": sampling.seed or 0}),
-            method=method, speculate=False).ids
+            result.prompt, max_new_tokens=12, sampling=seeded, method=method, speculate=False).ids
         assert len(result.draft_tokens) == len(result.drafted)
         assert len(result.plain_rates) == len(result.draft_rates) == 2
 
@@ -116,11 +119,14 @@ def test_dump_has_the_documented_keys(decoder: Decoder) -> None:
     assert json.loads(json.dumps(dumped, allow_nan=False)) == dumped
     assert dumped["format"] == "outrider-decode-benchmark"
     assert dumped["version"] == 1
-    assert set(dumped) == {"format", "version", "provenance", "settings", "prompts", "comparable", "identical",
-                           "speedup", "speedup_geometric_mean", "plain", "draft", "results"}
-    assert set(dumped["provenance"]) >= {"command", "date", "outrider", "torch", "python", "device", "threads"}
-    assert dumped["settings"] == {"target": "here", "max_new_tokens": 8, "width": "auto", "method": "rejection",
-                                  "repeats": 1, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": None}
+    assert set(dumped) == {
+        "format", "version", "provenance", "settings", "prompts", "comparable", "identical", "speedup",
+        "speedup_geometric_mean", "plain", "draft", "results"}
+    assert set(dumped["provenance"]) >= {
+        "command", "date", "outrider", "torch", "python", "device", "threads"}
+    assert dumped["settings"] == {
+        "target": "here", "max_new_tokens": 8, "width": "auto", "method": "rejection", "repeats": 1,
+        "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": None}
     assert (dumped["prompts"], dumped["identical"], dumped["comparable"]) == (3, 3, True)
     assert dumped["draft"] == benchmark.draft.dump()
     for key in ("tokens_per_second", "acceptance_rate", "mean_accepted_length", "acceptance_per_position"):

@@ -60,13 +60,14 @@ def test_a_width_out_of_range(width: int) -> None:
 # Adaptive: the optimum
 
 
-PRICES = [(target_costs(1.0, each), draft) for each in (0.0, 0.05, 0.4, 1.0) for draft in (0.0, 0.05, 0.3, 1.2)]
+PRICES = [(target_costs(1.0, each), draft)
+          for each in (0.0, 0.05, 0.4, 1.0) for draft in (0.0, 0.05, 0.3, 1.2)]
 
 
 @pytest.mark.parametrize("right", range(9))
 @pytest.mark.parametrize(("target", "draft"), PRICES)
 def test_takes_the_optimum_when_acceptance_is_certain(right: int, target: Costs, draft: float) -> None:
-    """The first `right` places always stand and the next never: the optimum is found by trying every width."""
+    """The first `right` places always stand and the next never; every width is tried for the optimum."""
     acceptance = [1.0] * right + [0.0] * (8 - right)
     controller = controller_with(target, draft)
     for _ in range(2_000):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,8 @@ def some_law(size: int = 12, seed: int = 0) -> Tensor:
     (0.1, 0.7, 1.0, 1.8), (0, 1, 5, 50, 1_000), (0.05, 0.5, 0.9, 0.95, 1.0))))
 def test_laws_are_those_of_transformers(temperature: float, top_k: int, top_p: float) -> None:
     logits = 3 * torch.randn(20, 80, generator=torch.Generator().manual_seed(1))
-    scores, ids = logits, torch.zeros((20, 1), dtype=torch.long)
+    scores: Any = logits
+    ids: Any = torch.zeros((20, 1), dtype=torch.long)
     scores = TemperatureLogitsWarper(temperature)(ids, scores)
     if top_k:
         scores = TopKLogitsWarper(top_k)(ids, scores)
@@ -195,7 +197,8 @@ def test_neighbouring_positions_are_independent() -> None:
     noise = SharedNoise(8)
     along = count(lambda p: 6 * noise.pick(law, 2 * p) + noise.pick(law, 2 * p + 1), 36, 6_000)
     assert chi_square_p(along, product) > FALSE_ALARM
-    across = count(lambda s: 6 * SharedNoise(2 * s).pick(law, 3) + SharedNoise(2 * s + 1).pick(law, 3), 36, 5_000)
+    across = count(
+        lambda s: 6 * SharedNoise(2 * s).pick(law, 3) + SharedNoise(2 * s + 1).pick(law, 3), 36, 5_000)
     assert chi_square_p(across, product) > FALSE_ALARM
 
 
@@ -224,7 +227,7 @@ def test_a_smaller_vocabulary_shares_the_noise_of_its_ids(small: int, large: int
 
 
 def test_shared_noise_makes_like_laws_agree() -> None:
-    """Coupling agrees at least with probability (1 - d) / (1 + d), d the total variation (Daliri et al. 2024)."""
+    """Picks agree with probability (1 - d) / (1 + d) or more, d the total variation (Daliri et al. 2024)."""
     p, q = some_law(), some_law(seed=4)
     mixed = 0.8 * p + 0.2 * q
     distance = float((p - mixed).abs().sum()) / 2

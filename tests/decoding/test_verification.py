@@ -129,8 +129,8 @@ def pair(kind: str, size: int, depth: int, seed: int) -> tuple[Tree, Tree]:
             return moved / moved.sum()
         return target, Tree(size, depth, nudged)
     draft = Tree(size, depth, {
-        "random": law(), "sparse": law(0.5), "one-hot target": law(), "one-hot draft": hot, "both one-hot": hot,
-        "disjoint": within(half, size), "smaller draft": within(0, size - 1),
+        "random": law(), "sparse": law(0.5), "one-hot target": law(), "one-hot draft": hot,
+        "both one-hot": hot, "disjoint": within(half, size), "smaller draft": within(0, size - 1),
     }[kind])
     return target, draft
 
@@ -197,7 +197,7 @@ def test_determined_proposals_keep_the_targets_law(kind: str, size: int, length:
 
 
 def test_acceptance_is_the_best_there_can_be() -> None:
-    """The first token stands with probability sum(min(p, q)), which no verifier can exceed (Leviathan et al.)."""
+    """The first token stands with probability sum(min(p, q)), which no verifier can exceed."""
     target, draft = pair("random", 5, 2, seed=3)
     stands = 0.0
     for token in range(5):
@@ -227,7 +227,8 @@ def test_a_broken_draft_law_does_not_reach_the_output(broken: float, token: int)
     law = torch.full((3,), 0.5 if broken == 0 else torch.nan, dtype=torch.float64)
     law[token] = broken
     emitted: dict[Prefix, float] = {}
-    for verdict, weight in outcomes(lambda c: verify_rejection(target.stack((token,), 2), law[None], [token], c)):
+    laws = target.stack((token,), 2)
+    for verdict, weight in outcomes(lambda c: verify_rejection(laws, law[None], [token], c)):
         sequence = (token, verdict.token) if verdict.accepted else (verdict.token,)
         emitted[sequence] = emitted.get(sequence, 0.0) + weight
     assert greatest_error(target, emitted, 1) < EXACT
@@ -245,26 +246,26 @@ def test_nothing_left_over_after_rounding() -> None:
 # The enumeration itself must be able to fail: rules that look right and are not.
 
 
-def always_accepts(target: Tensor, draft: Tensor | None, proposal: list[int], choices: Choices) -> Verdict:
-    return Verdict(len(proposal), choices.choose(target[len(proposal)]))
+def always_accepts(target: Tensor, draft: Tensor | None, proposal: list[int], chance: Choices) -> Verdict:
+    return Verdict(len(proposal), chance.choose(target[len(proposal)]))
 
 
-def draws_again_from_p(target: Tensor, draft: Tensor | None, proposal: list[int], choices: Choices) -> Verdict:
+def draws_again_from_p(target: Tensor, draft: Tensor | None, proposal: list[int], chance: Choices) -> Verdict:
     assert draft is not None
     for index, token in enumerate(proposal):
-        if not choices.accept(min(1.0, float(target[index, token] / draft[index, token]))):
-            return Verdict(index, choices.choose(target[index]))
-    return Verdict(len(proposal), choices.choose(target[len(proposal)]))
+        if not chance.accept(min(1.0, float(target[index, token] / draft[index, token]))):
+            return Verdict(index, chance.choose(target[index]))
+    return Verdict(len(proposal), chance.choose(target[len(proposal)]))
 
 
-def reuses_the_first_law(target: Tensor, draft: Tensor | None, proposal: list[int], choices: Choices) -> Verdict:
-    verdict = verify_rejection(target, draft, proposal, choices)
+def repeats_first_law(target: Tensor, draft: Tensor | None, proposal: list[int], chance: Choices) -> Verdict:
+    verdict = verify_rejection(target, draft, proposal, chance)
     if verdict.accepted < len(proposal):
         return verdict
-    return Verdict(len(proposal), choices.choose(target[0]))
+    return Verdict(len(proposal), chance.choose(target[0]))
 
 
-@pytest.mark.parametrize("wrong", [always_accepts, draws_again_from_p, reuses_the_first_law])
+@pytest.mark.parametrize("wrong", [always_accepts, draws_again_from_p, repeats_first_law])
 def test_the_enumeration_notices_a_wrong_rule(wrong: Verifier) -> None:
     target, draft = pair("random", 3, 3, seed=1)
     emitted = emitted_law(wrong, target, draft, 2, drawn_from(draft, 2))

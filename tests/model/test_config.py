@@ -33,9 +33,9 @@ def test_amd_135m_is_exact() -> None:
     config = preset("amd-135m")
     assert config.model_dump() == {
         "vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 2_048, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64, "max_position_embeddings": 2_048,
-        "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "rope_scaling": None, "tie_word_embeddings": False,
-        "initializer_range": 0.02, "bos_token_id": 1, "eos_token_ids": (2,),
+        "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64,
+        "max_position_embeddings": 2_048, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "rope_scaling": None,
+        "tie_word_embeddings": False, "initializer_range": 0.02, "bos_token_id": 1, "eos_token_ids": (2,),
     }
     assert config.num_parameters == 134_105_856
     assert config.num_matmul_parameters == 134_105_856 - 32_000 * 768 - 25 * 768  # no look-up, no norms
@@ -114,7 +114,8 @@ def test_impossible_shapes(changes: dict[str, Any], says: str) -> None:
     assert str(caught.value).startswith("config.json")
 
 
-@pytest.mark.parametrize(("context", "layers", "heads", "dim"), [(1, 1, 2, 4), (128, 3, 4, 8), (64, 2, 2, 32)])
+@pytest.mark.parametrize(("context", "layers", "heads", "dim"), [
+    (1, 1, 2, 4), (128, 3, 4, 8), (64, 2, 2, 32)])
 def test_training_flops_are_palms_convention(context: int, layers: int, heads: int, dim: int) -> None:
     # An explicit head_dim makes attention's width differ from the hidden width.
     config = tiny_config(num_hidden_layers=layers, num_attention_heads=heads, head_dim=dim)
@@ -154,17 +155,18 @@ def test_transformers_reads_what_is_written(scaling: RopeScaling | None) -> None
 
     config = tiny_config(rope_scaling=scaling, rope_theta=5e5, num_key_value_heads=2, eos_token_ids=(3, 4))
     theirs = LlamaConfig.from_dict(config.to_hf("bfloat16"))
-    assert theirs.rope_parameters is not None
-    assert theirs.rope_parameters["rope_theta"] == 5e5
-    assert theirs.rope_parameters["rope_type"] == ("default" if scaling is None else scaling.rope_type)
+    rope: Any = theirs.rope_parameters
+    assert rope["rope_theta"] == 5e5
+    assert rope["rope_type"] == ("default" if scaling is None else scaling.rope_type)
     if scaling is not None:
-        assert theirs.rope_parameters["factor"] == scaling.factor
+        assert rope["factor"] == scaling.factor
     assert (theirs.num_key_value_heads, theirs.head_dim, theirs.eos_token_id) == (2, 8, [3, 4])
     assert theirs.rms_norm_eps == 1e-5
     assert theirs.dtype == torch.bfloat16
 
 
-LLAMA3_JSON = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+ORIGINAL = "original_max_position_embeddings"
+LLAMA3_JSON = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 64}
 
 
 @pytest.mark.parametrize(("values", "theta", "scaling"), [
@@ -177,7 +179,8 @@ LLAMA3_JSON = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}}, 5e5, LINEAR),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_JSON}}, 5e5, LLAMA3),
 ])
-def test_both_generations_of_rope_keys(values: dict[str, Any], theta: float, scaling: RopeScaling | None) -> None:
+def test_both_generations_of_rope_keys(values: dict[str, Any], theta: float,
+                                       scaling: RopeScaling | None) -> None:
     config = ModelConfig.from_hf(hf(**values))
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
 
@@ -223,16 +226,16 @@ def test_llama3_scaling_is_not_completed_by_guesses(lacks: str) -> None:
 def test_llama3_scaling_without_its_original_context_is_as_in_transformers() -> None:
     from transformers import LlamaConfig
 
-    incomplete = {key: value for key, value in LLAMA3_JSON.items() if key != "original_max_position_embeddings"}
-    values = hf(max_position_embeddings=256, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, **incomplete})
-    theirs = LlamaConfig.from_dict(json.loads(json.dumps(values))).rope_parameters
-    assert theirs is not None
+    incomplete = {key: value for key, value in LLAMA3_JSON.items() if key != ORIGINAL}
+    values = hf(max_position_embeddings=256,
+                rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, **incomplete})
+    theirs: Any = LlamaConfig.from_dict(json.loads(json.dumps(values))).rope_parameters
     try:
         config = ModelConfig.from_hf(values)
     except ConfigError:
         return  # refusing is as good: nothing is computed wrongly
     assert config.rope_scaling is not None
-    assert config.rope_scaling.original_max_position_embeddings == theirs["original_max_position_embeddings"]
+    assert config.rope_scaling.original_max_position_embeddings == theirs[ORIGINAL]
 
 
 def test_configs_do_not_change() -> None:

@@ -33,11 +33,10 @@ def test_warm_up_is_a_straight_line_to_the_peak(kind: str, warmup: int) -> None:
     assert max(found) == PEAK
 
 
-@pytest.mark.parametrize(("steps", "warmup", "final"),
-                         list(itertools.product([1, 2, 10, 101], [0, 1, 5], [0.0, 0.1, 1.0])))
+@pytest.mark.parametrize(("steps", "warmup"), [
+    (steps, warmup) for steps in (1, 2, 10, 101) for warmup in (0, 1, 5) if warmup < steps])
+@pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
 def test_cosine_follows_its_formula(steps: int, warmup: int, final: float) -> None:
-    if warmup >= steps:
-        pytest.skip("only warm-up: tested below")
     found = rates(steps, kind="cosine", warmup=warmup, final=final)
     length = steps - warmup
     expected = [PEAK * (final + (1 - final) * (1 + math.cos(math.pi * n / length)) / 2)

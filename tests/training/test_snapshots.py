@@ -82,7 +82,9 @@ def test_everything_comes_back(store: SnapshotStore, kind: str, tied: bool) -> N
     path, state = found
     assert state["recipe"] == RECIPE
     assert state["corpus_sha256"] == "corpus"
-    assert restore(path, state, *fresh) == Progress(3, 300, Position(1, 3), 1.5)
+    progress = restore(path, state, *fresh)
+    assert (progress.step, progress.tokens, progress.seconds) == (3, 300, 1.5)
+    assert progress.position == Position(1, 3)
     assert torch.equal(torch.rand(5), next_draws)
     expected, got = tensors(*saved), tensors(*fresh)
     assert got.keys() == expected.keys()

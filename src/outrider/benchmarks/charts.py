@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -18,33 +19,49 @@ COLOURS = ("#0b6e4f", "#c8553d", "#2f4b7c", "#e0a100", "#7a5195", "#4a8fb8")
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "outrider", "font.family": "sans-serif", "font.size": 10,
     "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False,
+    "text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False,
 }
 
 
+def _styled(draw: Callable[..., str]) -> Callable[..., str]:
+    """Draw in the report's style, from the first label to the saved text."""
+
+    @functools.wraps(draw)
+    def drawn(*arguments: Any) -> str:
+        with mpl.rc_context(_STYLE):
+            return draw(*arguments)
+
+    return drawn
+
+
+@_styled
 def loss_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> str:
     """Return lines over tokens: name -> (tokens, values)."""
     axes, figure = _axes()
-    for index, (name, (tokens, values)) in enumerate(curves.items()):
-        axes.plot(tokens, values, label=name, color=COLOURS[index % len(COLOURS)], linewidth=1.6,
+    for index, (tokens, values) in enumerate(curves.values()):
+        axes.plot(tokens, values, color=COLOURS[index % len(COLOURS)], linewidth=1.6,
                   marker="o" if len(values) < 3 else None)
     axes.set(xlabel="tokens", ylabel=ylabel)
     axes.xaxis.set_major_formatter(_tokens)
-    axes.legend(frameon=False)
+    # By handle: a name that begins with an underscore is left out otherwise.
+    axes.legend(axes.lines, list(curves), frameon=False)
     return _svg(figure)
 
 
+@_styled
 def acceptance_chart(curves: Mapping[str, Sequence[float]]) -> str:
     """Return acceptance by place in the proposal: name -> shares."""
     axes, figure = _axes()
-    for index, (name, shares) in enumerate(curves.items()):
-        axes.plot(range(1, len(shares) + 1), shares, marker="o", label=name, color=COLOURS[index % len(COLOURS)])
+    for index, shares in enumerate(curves.values()):
+        axes.plot(range(1, len(shares) + 1), shares, marker="o", color=COLOURS[index % len(COLOURS)])
     axes.set(xlabel="place in the proposal", ylabel="share accepted", ylim=(0, 1.02))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False)
+    # By handle: a name that begins with an underscore is left out otherwise.
+    axes.legend(axes.lines, list(curves), frameon=False)
     return _svg(figure)
 
 
+@_styled
 def speed_chart(bars: Mapping[str, tuple[float, float]]) -> str:
     """Return pairs of bars: name -> tokens/s alone and with the draft."""
     axes, figure = _axes(height=1.3 + 0.8 * len(bars))
@@ -62,18 +79,16 @@ def speed_chart(bars: Mapping[str, tuple[float, float]]) -> str:
 
 
 def _axes(height: float = 3.4) -> tuple[Any, Figure]:
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, height), layout="constrained")
-        axes = figure.subplots()
-        axes.grid(color=GRID, linewidth=0.7)
-        axes.set_axisbelow(True)
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
     return axes, figure
 
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    with mpl.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     # matplotlib's metadata names web addresses; nothing in the page should.
     return re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg"):], flags=re.DOTALL)

@@ -146,16 +146,17 @@ def read_prompts(path: str | Path, limit: int = 0) -> list[str]:
     path = Path(path)
     texts = [document.text for document in Source(str(path), text_field="prompt").documents()]
     if not path.name.endswith(JSONL_SUFFIXES):
-        texts = ["\n".join(block) for text in texts for block in _blocks(text.splitlines())]
+        texts = ["\n".join(block) for text in texts for block in _blocks(text)]
     prompts = [text for text in texts if text.strip()]
     if not prompts:
         raise SourceError(f"{path} holds no prompt")
     return prompts[:limit] if limit else prompts
 
 
-def _blocks(lines: list[str]) -> list[list[str]]:
+def _blocks(text: str) -> list[list[str]]:
     blocks: list[list[str]] = [[]]
-    for line in lines:
+    # Not `splitlines`, which also breaks at characters that are part of a text.
+    for line in text.replace("\r\n", "\n").removesuffix("\n").split("\n"):
         if line.strip() == PROMPT_SEPARATOR:
             blocks.append([])
         else:

@@ -14,6 +14,7 @@ from outrider.files import write_text_atomic
 from outrider.training.telemetry import METRICS, read_metrics
 
 SAMPLES_SHOWN = 6
+_BENCHMARK_KEYS = ("provenance", "plain", "draft", "speedup", "identical", "prompts", "comparable", "results")
 _CSS = """
 :root { --ink: #1c2430; --paper: #fff; --line: #d8dee6; --card: #f6f8fa; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem;
@@ -42,8 +43,8 @@ def write_report(output: str | Path, runs: list[str | Path], benchmarks: list[st
     """
     if not runs and not benchmarks:
         raise OutriderError("nothing to report: give run folders or benchmark files")
-    curves = {Path(run).name: _metrics(Path(run)) for run in runs}
-    results = {Path(path).stem: _benchmark(Path(path)) for path in benchmarks}
+    curves = {name: _metrics(path) for name, path in _named([Path(run) for run in runs]).items()}
+    results = {name: _benchmark(path) for name, path in _named([Path(path) for path in benchmarks]).items()}
     sections = [f"<h1>{escape(title)}</h1>"]
     if curves:
         sections += _training_sections(curves)
@@ -113,11 +114,24 @@ def _share(value: float | None) -> str:
     return "none drafted" if value is None else f"{100 * value:.1f} %"
 
 
+def _named(paths: list[Path]) -> dict[str, Path]:
+    """Give each input a name of its own: the last part of its path, numbered where two share it."""
+    names: dict[str, Path] = {}
+    for path in paths:
+        stem = path.stem if path.suffix == ".json" else path.name
+        number = 1 + sum(name == stem or name.startswith(f"{stem} (") for name in names)
+        names[stem if number == 1 else f"{stem} ({number})"] = path
+    return names
+
+
 def _metrics(run: Path) -> list[dict[str, Any]]:
     path = run / METRICS if run.is_dir() else run
     if not path.is_file():
         raise OutriderError(f"{run} is not a run folder: it has no {METRICS}")
-    records = read_metrics(path)
+    try:
+        records = read_metrics(path)
+    except UnicodeDecodeError as error:
+        raise OutriderError(f"{path} is not a metrics log: it is not text") from error
     if not any("loss" in record for record in records):
         raise OutriderError(f"{path} holds no training steps yet")
     return records
@@ -132,4 +146,6 @@ def _benchmark(path: Path) -> dict[str, Any]:
         raise OutriderError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict) or value.get("format") != "outrider-decode-benchmark":
         raise OutriderError(f"{path} was not written by 'outrider bench decode --json'")
+    if missing := [key for key in _BENCHMARK_KEYS if key not in value]:
+        raise OutriderError(f"{path} is damaged: it lacks '{missing[0]}'; run the benchmark again")
     return value

@@ -31,7 +31,6 @@ class Piece:
 class PieceRules:
     """How a SentencePiece model treats text around its pieces."""
 
-    unigram: bool = False
     byte_fallback: bool = True
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = False
@@ -46,27 +45,29 @@ def from_pieces(pieces: Sequence[Piece], rules: PieceRules) -> tokenizers.Tokeni
     the merge list is every split of every piece into two pieces, ordered by the joined piece's score.
 
     Raises:
-        TokenizerError: the vocabulary has no piece for unknown text.
+        TokenizerError: there is no piece for unknown text or for the start mark, or there are symbols that
+            SentencePiece cuts out before it joins pieces.
     """
-    unknown = next((index for index, piece in enumerate(pieces) if piece.type == UNKNOWN), None)
-    if unknown is None:
-        raise TokenizerError("the vocabulary has no piece for unknown text")
-    if rules.unigram:
-        scored = [(piece.text, piece.score) for piece in pieces]
-        model: Any = models.Unigram(scored, unknown, byte_fallback=rules.byte_fallback)
-    else:
-        vocabulary = {piece.text: index for index, piece in enumerate(pieces)}
-        model = models.BPE(vocabulary, list(_merges(pieces)), unk_token=pieces[unknown].text, fuse_unk=True,
-                           byte_fallback=rules.byte_fallback)
-    backend = tokenizers.Tokenizer(model)
+    unknown = next((piece.text for piece in pieces if piece.type == UNKNOWN), None)
+    if unknown is None or rules.bos_id >= len(pieces):
+        raise TokenizerError("the vocabulary is incomplete: it lacks the unknown piece or the start mark")
+    if any(piece.type == USER_DEFINED for piece in pieces):
+        raise TokenizerError("user-defined symbols cannot be rebuilt with the same ids; use its tokenizer.json")
+    vocabulary = {piece.text: index for index, piece in enumerate(pieces)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, list(_merges(pieces)), unk_token=unknown, fuse_unk=True,
+                                              byte_fallback=rules.byte_fallback))
     steps: list[Any] = []
     if rules.charsmap:
         steps.append(normalizers.Precompiled(rules.charsmap))
     if rules.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+        # Spaces only; a line break stays, as SentencePiece has it.
+        steps += [normalizers.Replace(tokenizers.Regex(pattern), space)
+                  for pattern, space in ((r"\A +", ""), (" {2,}", " "))]
     if rules.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
     steps.append(normalizers.Replace(" ", _SPACE))
+    if rules.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(tokenizers.Regex(f"{_SPACE}+\\z"), ""))
     backend.normalizer = normalizers.Sequence(steps)
     backend.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),

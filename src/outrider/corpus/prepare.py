@@ -27,7 +27,7 @@ from outrider.corpus.shards import (
 )
 from outrider.corpus.sources import Document, Source
 from outrider.corpus.tokenizer import Tokenizer
-from outrider.errors import SourceError, TokenizerError
+from outrider.errors import CorpusError, SourceError, TokenizerError
 from outrider.files import atomic_folder, write_json
 
 #: Characters handed to the tokenizer at once: enough documents to keep every thread busy.
@@ -52,7 +52,7 @@ def prepare(
     """Tokenise documents into a corpus folder: shards, manifest and tokenizer. Atomic.
 
     A document becomes the ids its tokenizer gives (with the tokenizer's own BOS, if any) followed by EOS,
-    unless BOS and EOS are one token.
+    unless the two are one token, which then stands at the start.
 
     Args:
         sources: names as `Source.spec` takes them, or `Source`s.
@@ -77,6 +77,8 @@ def prepare(
     sources = [Source(source) if isinstance(source, str) else source for source in sources]
     if not sources:
         raise SourceError("no source given; name a file, a folder, 'stdlib' or 'books'")
+    if shard_tokens < 1:
+        raise CorpusError(f"a shard holds at least 1 token, not {shard_tokens}; see --shard-tokens")
     if not 0 <= validation < 1:
         raise SourceError(f"the validation share must be at least 0 and below 1, not {validation}")
     with atomic_folder(Path(output), replace=replace) as staging:
@@ -130,6 +132,10 @@ class _Preparation:
     watcher: Watcher
     totals: dict[Split, _Totals] = field(default_factory=lambda: {split: _Totals() for split in SPLITS})
     started: float = field(default_factory=time.perf_counter)
+    marks_start: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.marks_start = self.tokenizer.marks_start
 
     def run(self, source: Source, writers: dict[Split, ShardWriter]) -> SourceRecord:
         """Tokenise one source into `writers`."""
@@ -164,7 +170,7 @@ class _Preparation:
     def _encode(self, documents: list[Document]) -> _Encoded:
         rows = self.tokenizer.encode_batch([document.text for document in documents])
         eos, bos = self.tokenizer.eos_id, self.tokenizer.bos_id
-        if eos is not None and eos != bos:
+        if eos is not None and not (eos == bos and self.marks_start):
             for row in rows:
                 row.append(eos)
         ends = np.cumsum([len(row) for row in rows])

@@ -91,13 +91,25 @@ class Manifest(_Record):
         if not path.is_file():
             raise CorpusError(f"{folder} is not a prepared corpus: it has no {MANIFEST}; run 'outrider data prepare'")
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+            manifest = cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise CorpusError(f"{path} is damaged: {key}: {first['msg']}") from error
         except ValueError as error:
             raise CorpusError(f"{path} is not valid JSON: {error}") from error
+        manifest._check(path)
+        return manifest
+
+    def _check(self, path: Path) -> None:
+        """Raise `CorpusError` if shards are listed twice, or do not add up to the totals."""
+        if len({shard.file for shard in self.shards}) < len(self.shards):
+            raise CorpusError(f"{path} is damaged: it lists a shard twice")
+        for split, totals in self.splits.items():
+            listed = sum(shard.tokens for shard in self.shards if shard.split == split)
+            if listed != totals.tokens:
+                raise CorpusError(f"{path} is damaged: the {split} shards have {listed} tokens, its total says "
+                                  f"{totals.tokens}")
 
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:

@@ -77,6 +77,8 @@ class Source:
             return self._books()
         if self.spec.startswith("hf:"):
             return self._hub(self.spec.removeprefix("hf:"))
+        if not self.spec:
+            raise SourceError("a source has no name; give a file, a folder, 'stdlib' or 'books'")
         path = Path(self.spec)
         if path.is_dir():
             files = [f for f in sorted(path.rglob("*")) if f.is_file() and _known(f) and not _hidden(f, path)]
@@ -113,7 +115,7 @@ class Source:
         for document in self._decode(line, origin):
             try:
                 row = json.loads(document.text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise SourceError(f"{origin} is not JSON: {error}") from error
             yield Document(self._field(row, origin), origin)
 
@@ -138,14 +140,17 @@ class Source:
                 if self.text_field not in file.schema_arrow.names:
                     names = ", ".join(file.schema_arrow.names)
                     raise SourceError(f"{path} has no column '{self.text_field}' (columns: {names}); see --text-field")
+                if not _is_text(arrow, file.schema_arrow.field(self.text_field).type):
+                    raise SourceError(f"{path} has no text in field '{self.text_field}': the column holds something "
+                                      "else; see --text-field")
                 number = 0
                 for batch in file.iter_batches(columns=[self.text_field]):
-                    for value in batch.column(0).to_pylist():
+                    # As bytes, so that text that is not UTF-8 meets the same rule as elsewhere.
+                    for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
                         number += 1
                         if value is not None:
-                            origin = f"{path}:{number}"
-                            yield Document(self._field({self.text_field: value}, origin), origin)
-        except arrow.ArrowException as error:
+                            yield from self._decode(value, f"{path}:{number}")
+        except (arrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
             raise SourceError(f"{path} is not a readable parquet file: {_first_line(error)}") from error
 
     def _hub(self, name: str) -> Iterator[Document]:
@@ -203,12 +208,52 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
+def _is_text(arrow: Any, kind: Any) -> bool:
+    return any(check(kind) for check in (
+        arrow.types.is_string, arrow.types.is_large_string, arrow.types.is_string_view,
+        arrow.types.is_binary, arrow.types.is_large_binary))
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompressed bytes of a `.zst` file, over all its frames; unlike the library's own reader it says
+    when the last frame is cut short.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._input = self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            self._input = self._input or self._file.read(1 << 20)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._output = self._frame.decompress(self._input)
+            self._input = b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._output))
+        buffer[:count], self._output = self._output[:count], self._output[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def _open_binary(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.suffix == ".zst":
-        reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True, read_across_frames=True)
-        return io.BufferedReader(reader, 1 << 20)  # type: ignore[arg-type]
+        return io.BufferedReader(_ZstdFile(path), 1 << 20)
     return path.open("rb")
 
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from tokenizers.decoders import DecodeStream
 
 from outrider.corpus.backends import Piece, PieceRules, from_pieces
 from outrider.errors import MissingExtraError, TokenizerError
@@ -22,8 +21,11 @@ from outrider.files import write_json, write_text_atomic
 END_OF_TEXT = "<|endoftext|>"
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", END_OF_TEXT)
 _EOS_NAMES = ("</s>", END_OF_TEXT, "<|end_of_text|>", "<eos>", "<|im_end|>")
-# Model types in sentencepiece_model.proto.
-_UNIGRAM, _BPE = 1, 2
+#: The 256 bytes and one mark.
+LEAST_VOCABULARY = 257
+MOST_VOCABULARY = 1 << 20
+#: Model type in sentencepiece_model.proto.
+_SENTENCEPIECE_BPE = 2
 
 
 class Tokenizer:
@@ -62,11 +64,13 @@ class Tokenizer:
         if not path.is_file():
             raise TokenizerError(f"no tokenizer file {path}")
         if path.suffix == ".model":
-            return cls(_from_sentencepiece(path))
+            return _from_sentencepiece(path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{path} is not a tokenizer.json: {error}") from error
+            raise TokenizerError(f"{path} is not a tokenizer.json: {' '.join(str(error).split())}") from error
+        if not backend.get_vocab_size(with_added_tokens=True):
+            raise TokenizerError(f"{path} is not a usable tokenizer.json: it has no tokens")
         names = _configured_names(path.with_name("tokenizer_config.json"))
         return cls(backend, bos=names.get("bos_token"), eos=names.get("eos_token"))
 
@@ -79,8 +83,9 @@ class Tokenizer:
         Raises:
             TokenizerError: `vocab_size` is too small to hold the 256 bytes, or there was no text.
         """
-        if vocab_size < 257:
-            raise TokenizerError(f"a byte-level vocabulary needs at least 257 tokens, not {vocab_size}")
+        if not LEAST_VOCABULARY <= vocab_size <= MOST_VOCABULARY:
+            raise TokenizerError(f"a byte-level vocabulary has from {LEAST_VOCABULARY} to {MOST_VOCABULARY:,} tokens, "
+                                 f"not {vocab_size}")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -98,13 +103,21 @@ class Tokenizer:
         return max(self._vocabulary.values()) + 1
 
     @property
+    def marks_start(self) -> bool:
+        """Whether every encoded text begins with BOS by itself."""
+        return self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
+
+    @property
     def sha256(self) -> str:
         """Hash of what `save` writes to `tokenizer.json`."""
         return hashlib.sha256(self._json().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with the marks the tokenizer itself puts around a text (such as BOS)."""
-        return self.backend.encode(text).ids
+        try:
+            return self.backend.encode(text).ids
+        except TypeError as error:  # a lone surrogate: how Python carries bytes that are not UTF-8
+            raise TokenizerError("the text is not valid UTF-8") from error
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encode many texts at once on all threads."""
@@ -118,9 +131,9 @@ class Tokenizer:
         """Return how the vocabulary spells `token`, or None if it has no such id."""
         return self.backend.id_to_token(token)
 
-    def stream(self) -> TextStream:
-        """Return a decoder that is fed one token at a time."""
-        return TextStream(self.backend)
+    def stream(self, context: Sequence[int] = ()) -> TextStream:
+        """Return a decoder that is fed one token at a time, for text that goes on from `context`."""
+        return TextStream(self.backend, context)
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and a `tokenizer_config.json` that `AutoTokenizer` opens."""
@@ -141,15 +154,34 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns tokens into text as they come, holding back bytes that do not yet make a character."""
+    """Turns tokens into text as they come, holding back bytes that do not yet make a character.
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    With each token a few before it are decoded again, as how a token is spelt may depend on them.
+    """
+
+    # Tokens of the prompt that are decoded with the first new ones.
+    _CONTEXT = 8
+
+    def __init__(self, backend: tokenizers.Tokenizer, context: Sequence[int] = ()) -> None:
         self._backend = backend
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids = list(context[-self._CONTEXT:])
+        self._given = len(self._ids)
 
     def feed(self, token: int) -> str:
         """Return the text that `token` completes; empty while a character is still open."""
-        return self._stream.step(self._backend, token) or ""
+        self._ids.append(token)
+        return self._advance(hold=True)
+
+    def finish(self) -> str:
+        """Return what is still held back: bytes of an unfinished character, as U+FFFD."""
+        return self._advance(hold=False)
+
+    def _advance(self, *, hold: bool) -> str:
+        before, now = self._backend.decode(self._ids[:self._given]), self._backend.decode(self._ids)
+        if (hold and now.endswith("\ufffd")) or len(now) <= len(before) or not now.startswith(before):
+            return ""
+        self._ids, self._given = self._ids[self._given:], len(self._ids) - self._given
+        return now[len(before):]
 
 
 def _configured_names(path: Path) -> dict[str, str]:
@@ -160,6 +192,8 @@ def _configured_names(path: Path) -> dict[str, str]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise TokenizerError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise TokenizerError(f"{path} does not hold a JSON object")
     names = {}
     for key in ("bos_token", "eos_token"):
         value = values.get(key)
@@ -169,8 +203,8 @@ def _configured_names(path: Path) -> dict[str, str]:
     return names
 
 
-def _from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
-    """Read a SentencePiece model (BPE or unigram)."""
+def _from_sentencepiece(path: Path) -> Tokenizer:
+    """Read a SentencePiece BPE model; what could not be rebuilt with identical ids is refused."""
     try:
         from sentencepiece import sentencepiece_model_pb2 as schema
     except ImportError as error:
@@ -182,13 +216,23 @@ def _from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
         proto.ParseFromString(path.read_bytes())
     except DecodeError as error:
         raise TokenizerError(f"{path} is not a SentencePiece model") from error
-    if not proto.pieces:
-        raise TokenizerError(f"{path} is not a SentencePiece model: it has no pieces")
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    if trainer.model_type not in (_UNIGRAM, _BPE):
-        raise TokenizerError(f"{path}: SentencePiece model type {trainer.model_type} is not supported; BPE and "
-                             "unigram are")
-    return from_pieces([Piece(piece.piece, piece.score, piece.type) for piece in proto.pieces], PieceRules(
-        unigram=trainer.model_type == _UNIGRAM, byte_fallback=trainer.byte_fallback,
-        add_dummy_prefix=normalizer.add_dummy_prefix, charsmap=normalizer.precompiled_charsmap,
-        remove_extra_whitespaces=normalizer.remove_extra_whitespaces, bos_id=trainer.bos_id))
+    if not proto.pieces or not proto.HasField("trainer_spec") or not proto.HasField("normalizer_spec"):
+        raise TokenizerError(f"{path} is not a whole SentencePiece model")
+    known = normalizer.name == "identity" or (normalizer.name == "nmt_nfkc" and normalizer.remove_extra_whitespaces)
+    if trainer.model_type != _SENTENCEPIECE_BPE or trainer.treat_whitespace_as_suffix or not known:
+        raise TokenizerError(f"{path} is a kind of SentencePiece model that cannot be rebuilt with the same ids "
+                             "(BPE without special normalisation can); use its tokenizer.json")
+    pieces = [Piece(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+    try:
+        backend = from_pieces(pieces, PieceRules(
+            byte_fallback=trainer.byte_fallback, add_dummy_prefix=normalizer.add_dummy_prefix,
+            remove_extra_whitespaces=normalizer.remove_extra_whitespaces, charsmap=normalizer.precompiled_charsmap,
+            bos_id=trainer.bos_id))
+        # An absent mark is named by the empty string, which no vocabulary holds.
+        names = [pieces[index].text if index >= 0 else "" for index in (trainer.bos_id, trainer.eos_id)]
+    except IndexError as error:
+        raise TokenizerError(f"{path} is not a whole SentencePiece model: a mark has no piece") from error
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from error
+    return Tokenizer(backend, bos=names[0], eos=names[1])

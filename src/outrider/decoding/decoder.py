@@ -126,9 +126,9 @@ class Decoder:
         request = _Request(self, context, max_new_tokens, sampling, method, tuple(stop), proposer, result)
         yield from request.run(width)
 
-    def costs(self, context: Sequence[int]) -> CostModel:
-        """Return measured costs: target and draft are timed once, on the first request, whose `context` both
-        have just cached; every round after that keeps them current.
+    def costs(self, context: Sequence[int], capacity: int) -> CostModel:
+        """Return measured costs: target and draft are timed once, on the first request, whose `context` the
+        target has just cached; every round after that keeps them current.
         """
         if self._costs is None:
             self._costs = CostModel()
@@ -137,6 +137,8 @@ class Decoder:
             for n in _TIMED_WIDTHS[:1] + tuple(n for n in _TIMED_WIDTHS[1:] if n <= room):
                 self._costs.target[n] = min(self._timed_pass(n, before) for _ in range(_TIMES))
             if self.proposer is not None:
+                # Greedily: a sampled guess would use up chance that belongs to the request.
+                self.proposer.begin(context, capacity, Sampling(), None)
                 self._costs.draft = min(self._timed_proposal(self.proposer, context) for _ in range(_TIMES))
         return self._costs
 
@@ -171,7 +173,7 @@ class _Request:
         else:
             self.chance = None
         self.eos = set(self.target.config.eos_token_ids)
-        self.text = decoder.tokenizer.stream()
+        self.text = decoder.tokenizer.stream(context)
 
     def run(self, width: int | Literal["auto"]) -> Iterator[list[Token]]:
         """Prefill, then rounds until the end."""
@@ -181,14 +183,16 @@ class _Request:
                        self.target.config.max_position_embeddings)
         self.target.start(1, capacity)
         self.target.prefill([self.context[:-1]])
+        controller = self._controller(width, capacity)
         if self.proposer is not None:
             self.proposer.begin(self.context, capacity, self.sampling, self.chance)
         self.target.synchronize()
-        controller = self._controller(width)
         statistics.prefill_seconds = time.perf_counter() - started
         while len(self.result.tokens) < self.max_new_tokens:
             tokens = self._round(controller)
             statistics.total_seconds = time.perf_counter() - started
+            if self.result.finish == "length" and len(self.result.tokens) == self.max_new_tokens:
+                self.result.text += self.text.finish()
             yield tokens
             if self.result.finish == "stop":
                 return
@@ -240,6 +244,7 @@ class _Request:
             self.result.tokens.append(token)
             self.result.statistics.generated += 1
             if token.id in self.eos:
+                self.result.text += self.text.finish()
                 self.result.finish = "stop"
                 break
             self.result.text += self.text.feed(token.id)
@@ -254,10 +259,11 @@ class _Request:
             self.result.text = self.result.text[:min(ends)]
         return bool(ends)
 
-    def _controller(self, width: int | Literal["auto"]) -> Controller:
+    def _controller(self, width: int | Literal["auto"], capacity: int) -> Controller:
+        fixed = None if width == "auto" else FixedWidth(width)  # refused if out of range, used or not
         if self.proposer is None:
             return FixedWidth(0)
-        return AdaptiveWidth(self.decoder.costs(self.context)) if width == "auto" else FixedWidth(width)
+        return fixed or AdaptiveWidth(self.decoder.costs(self.context, capacity))
 
     def _check(self, method: str) -> None:
         limit = self.target.config.max_position_embeddings

@@ -34,6 +34,8 @@ class Sampling:
             raise DecodingError(f"temperature must be 0 or more, not {self.temperature}")
         if self.top_k < 0:
             raise DecodingError(f"top-k must be 0 (all tokens) or more, not {self.top_k}")
+        if self.seed is not None and not -2**63 <= self.seed < 2**63:
+            raise DecodingError(f"the seed must fit in 64 bits, not {self.seed}")
         if not 0 < self.top_p <= 1:
             raise DecodingError(f"top-p must be above 0 and at most 1, not {self.top_p}")
 
@@ -48,11 +50,13 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
     Temperature, then top-k, then top-p, as `transformers` does. Ties at the k-th place are all kept.
     """
-    logits = logits.float() / sampling.temperature
+    # From the largest down and in float64, so that no temperature overflows.
+    logits = logits.double()
+    logits = (logits - logits.max(-1, keepdim=True).values) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    law = logits.softmax(-1)
+    law = logits.softmax(-1).float()
     if sampling.top_p < 1:
         ordered, order = law.sort(dim=-1, descending=True, stable=True)
         # A token stays if the more likely ones before it do not yet reach top_p.

@@ -50,16 +50,16 @@ def verify_rejection(target: Tensor, draft: Tensor | None, proposal: Sequence[in
     """
     for index, token in enumerate(proposal):
         p = target[index]
-        q_token = 1.0 if draft is None else float(draft[index, token])
-        # A token its own law excludes cannot have been drawn; then p alone decides.
-        ratio = float(p[token]) / q_token if q_token > 0 else 1.0
+        # A token that its own law excludes was not drawn from it (a damaged draft): it counts as determined.
+        q = draft[index] if draft is not None and draft[index, token] > 0 else None
+        ratio = float(p[token]) / (1.0 if q is None else float(q[token]))
         if choices.accept(min(1.0, ratio)):
             continue
-        if draft is None:
+        if q is None:
             residual = p.clone()
             residual[token] = 0
         else:
-            residual = (p - draft[index]).clamp(min=0)
+            residual = (p - q).clamp(min=0)
         # The two laws agree to the last bit: nothing is left over, and p is its own correction.
         return Verdict(index, choices.choose(residual if residual.sum() > 0 else p))
     return Verdict(len(proposal), choices.choose(target[len(proposal)]))

@@ -42,8 +42,9 @@ def evaluate_corpus(model: str | Path, corpus: str | Path, *, split: Split = "va
                           f"prepare it again with --tokenizer {folder}")
     loaded = load_model(folder, dtype=torch.float32, device=place)
     limit = loaded.config.max_position_embeddings
-    if context > limit:
-        raise ConfigError(f"context {context} is longer than the model's {limit} positions")
+    if not 0 <= context <= limit or tokens < 0:
+        raise ConfigError(f"context {context} and tokens {tokens} must be 0 or more, and context at most the model's "
+                          f"{limit} positions")
     context = context or min(limit, 1_024)
     batches = Windows(text, context).in_order(max(1, BATCH_TOKENS // context), tokens)
     return score(loaded, batches, text.bytes_per_token, place, precision)

@@ -18,7 +18,7 @@ class RopeScaling(BaseModel):
     smooth transition between `low_freq_factor` and `high_freq_factor` wavelengths per original context.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rope_type: Literal["linear", "llama3"]
     factor: float = Field(gt=0)
@@ -40,7 +40,7 @@ class ModelConfig(BaseModel):
     `hidden_size / num_attention_heads`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     vocab_size: int = Field(gt=0, le=1 << 24)
     hidden_size: int = Field(gt=0, le=1 << 20)
@@ -67,6 +67,7 @@ class ModelConfig(BaseModel):
         heads, width = values.get("num_attention_heads"), values.get("hidden_size")
         if not values.get("num_key_value_heads"):
             values["num_key_value_heads"] = heads
+        heads, width = _as_integer(heads), _as_integer(width)
         if not values.get("head_dim") and isinstance(heads, int) and isinstance(width, int) and heads > 0:
             if width % heads:
                 raise ValueError(
@@ -176,16 +177,32 @@ class ModelConfig(BaseModel):
         }
 
 
+def _as_integer(value: Any) -> Any:
+    """Return what pydantic will make of a number written as text or as 32.0; anything else as it is."""
+    try:
+        return int(value) if isinstance(value, str) or (isinstance(value, float) and value.is_integer()) else value
+    except ValueError:
+        return value
+
+
 def _read_rope(values: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Return theta and scaling from either generation of `config.json` (`rope_parameters` came with v5)."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(values.get(key) or {}, dict):
+            raise ConfigError(f"{key} is {values[key]!r}; it must be an object")
     parameters = dict(values.get("rope_parameters") or {})
     scaling = dict(values.get("rope_scaling") or {}) or dict(parameters)
-    theta = values.get("rope_theta") or parameters.get("rope_theta") or scaling.get("rope_theta") or 10_000.0
+    given = [table["rope_theta"] for table in (values, parameters, scaling) if table.get("rope_theta") is not None]
+    theta = given[0] if given else 10_000.0
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind not in ("linear", "llama3"):
         raise ConfigError(f"rope scaling {kind!r} is not supported; Outrider computes default, linear and llama3")
+    if kind == "llama3":
+        scaling.setdefault("original_max_position_embeddings", values.get("max_position_embeddings", 2048))
+        if missing := {"low_freq_factor", "high_freq_factor"} - scaling.keys():
+            raise ConfigError(f"rope scaling llama3 lacks {', '.join(sorted(missing))}")
     known = RopeScaling.model_fields.keys() - {"rope_type"}
     return theta, {"rope_type": kind, **{key: scaling[key] for key in known if key in scaling}}
 

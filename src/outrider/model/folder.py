@@ -89,7 +89,7 @@ def save_model(model: Llama, folder: str | Path, *, tokenizer_from: str | Path |
     with atomic_folder(folder, replace=replace) as staging:
         write_json(staging / "config.json", model.config.to_hf(str(dtype).removeprefix("torch.")))
         tensors = {name: view.detach().to("cpu", dtype).contiguous().clone() for name, view in _hf_views(model)}
-        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(tensors, staging / "model.safetensors")
         generation: dict[str, Any] = {"_from_model_config": True}
         for key in ("bos_token_id", "eos_token_id"):
             value = model.config.to_hf()[key]
@@ -103,6 +103,16 @@ def save_model(model: Llama, folder: str | Path, *, tokenizer_from: str | Path |
         for name, text in (extra_files or {}).items():
             (staging / name).write_text(text, encoding="utf-8")
     return folder
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write one safetensors file; what the system refuses is raised as the `OSError` it is."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), str(error)) from error
+        raise
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -184,7 +194,9 @@ def _tensor_files(folder: Path) -> dict[Path, list[str]]:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            if not all(isinstance(shard, str) for shard in shards):
+                raise ValueError("it names something that is no file")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelFolderError(f"{index} is damaged: {error}") from error
     else:
         shards = ["model.safetensors"]

@@ -66,7 +66,7 @@ class SnapshotStore:
             if torch.cuda.is_available():
                 tensors["random.cuda"] = torch.cuda.get_rng_state()
             with _quiet():
-                dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(staging)), no_dist=True)
+                _save(tensors, staging)
             write_json(staging / _STATE, {
                 "format": "outrider-snapshot", "version": 1,
                 "progress": asdict(progress), "recipe": recipe, "corpus_sha256": corpus_sha256,
@@ -94,6 +94,15 @@ class SnapshotStore:
         if found:
             raise SnapshotError(f"all {len(found)} snapshots in {self.folder} are damaged; pass --force to start anew")
         return None
+
+
+def _save(tensors: dict[str, Tensor], folder: Path) -> None:
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder)), no_dist=True)
+    except CheckpointException as error:  # no Exception, and it hides what went wrong: most often a full disk
+        for failure, _ in error.failures.values():
+            raise failure from error
+        raise
 
 
 def restore(path: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizers) -> Progress:

@@ -45,7 +45,11 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:  # closing tries again to write what would not go
+            if kind is None:
+                raise
         if self._board is not None:
             self._board.close()
 
@@ -65,9 +69,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 
