@@ -31,14 +31,19 @@ Width = Annotated[str, typer.Option(help="Tokens to draft each round, or 'auto'.
 Method = Annotated[str, typer.Option(help="How sampled proposals are verified: rejection or coupled.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"outrider {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version,
+                                          help="Print the version and leave.")] = False,
 ) -> None:
-    if version:
-        print(f"outrider {__version__}")
-        raise typer.Exit
+    """Options of every verb; both are dealt with elsewhere."""
 
 
 @data_app.command("prepare")
@@ -105,7 +110,7 @@ def train(
     held_out = f", {scores.bits_per_byte:.3f} bits per byte on held-out text" if scores else ""
     console.print(f"{count(result.tokens)} tokens in {duration(result.seconds)} "
                   f"({count(result.tokens_per_second)} tokens/s), loss {result.loss:.3f}{held_out}")
-    console.print(f"model: {result.model}")
+    console.print(f"model: {result.model}", soft_wrap=True)
 
 
 @app.command()

@@ -59,7 +59,7 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
         if kind is None and self._note:
-            self.console.print(f"[bold]{self.title}[/bold]  {self._note}")
+            self.console.print(f"[bold]{self.title}[/bold]  {self._note}", soft_wrap=True)
 
     def update(self, done: float, total: float | None, note: str) -> None:
         """Show progress; see `Watcher`."""
@@ -85,6 +85,7 @@ class _Eta(ProgressColumn):
 
 def duration(seconds: float) -> str:
     """Return seconds in the units a person would use: `42 s`, `3 min 20 s`, `5 h 10 min`, `12.0 days`."""
+    seconds = round(seconds)
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:
@@ -96,16 +97,15 @@ def duration(seconds: float) -> str:
 
 def count(value: float) -> str:
     """Return a number with a metric suffix: `950`, `1.2k`, `3.40M`, `670.0B`."""
-    steps = ((1e3, 1, "", 0), (1e6, 1e3, "k", 1), (1e9, 1e6, "M", 2), (1e12, 1e9, "B", 1))
-    for limit, divisor, suffix, digits in steps:
-        if abs(value) < limit:
+    for divisor, suffix, digits in ((1, "", 0), (1e3, "k", 1), (1e6, "M", 2), (1e9, "B", 1)):
+        if round(abs(value) / divisor, digits) < 1000:
             return f"{value / divisor:.{digits}f}{suffix}"
     return f"{value / 1e12:.1f}T"
 
 
 def size(number: float) -> str:
     """Return bytes with a decimal suffix: `512 B`, `1.5 kB`, `2.1 GB`."""
-    for limit, divisor, suffix in ((1e3, 1, "B"), (1e6, 1e3, "kB"), (1e9, 1e6, "MB"), (1e12, 1e9, "GB")):
-        if number < limit:
-            return f"{number / divisor:.{0 if divisor == 1 else 1}f} {suffix}"
+    for divisor, suffix, digits in ((1, "B", 0), (1e3, "kB", 1), (1e6, "MB", 1), (1e9, "GB", 1)):
+        if round(number / divisor, digits) < 1000:
+            return f"{number / divisor:.{digits}f} {suffix}"
     return f"{number / 1e12:.2f} TB"

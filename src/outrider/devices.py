@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from contextlib import AbstractContextManager
 from functools import cache
@@ -75,8 +76,13 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    peak = next((flops for part, flops in PEAK_BF16.items() if part in name), None)
+    peak = look_up(PEAK_BF16, name)
     return peak if peak is None or precision == "bf16" else peak * _FP32_SHARE
+
+
+def look_up(figures: dict[str, float], name: str) -> float | None:
+    """Return the figure of the first part that the device's name holds; "L4" is no part of "L40"."""
+    return next((figure for part, figure in figures.items() if re.search(rf"{part}(?!\d)", name)), None)
 
 
 @cache

@@ -17,7 +17,7 @@ import torch
 from outrider.benchmarks.provenance import provenance
 from outrider.console import console, count
 from outrider.decoding import TorchEngine
-from outrider.devices import autocast, device_name, peak_flops, pick_device, synchronize
+from outrider.devices import autocast, device_name, look_up, peak_flops, pick_device, synchronize
 from outrider.files import write_json
 from outrider.model import Llama, preset
 from outrider.model.config import ModelConfig
@@ -78,7 +78,7 @@ def _decode(config: ModelConfig, device: torch.device, repeats: int) -> dict[str
 
     seconds = {n: _median(one(n), repeats) for n in WIDTHS}
     read = 2 * config.num_matmul_parameters + context * config.kv_bytes_per_token(2)
-    bandwidth = next((b for part, b in BANDWIDTH.items() if part in device_name(device)), None)
+    bandwidth = look_up(BANDWIDTH, device_name(device))
     return {"parameters": config.num_parameters, "context": context, "dtype": "bfloat16",
             "seconds_by_tokens": seconds, "tokens_per_second": 1 / seconds[1], "bytes_read": read,
             "bandwidth_share": read / seconds[1] / bandwidth if bandwidth else None}

@@ -25,7 +25,7 @@ from outrider.training.objectives import Objective, distillation, next_token
 from outrider.training.optimizers import build_optimizer, learning_rate
 from outrider.training.signals import StopRequest
 from outrider.training.snapshots import Progress, SnapshotStore, restore
-from outrider.training.telemetry import METRICS, MetricsLog, Speedometer
+from outrider.training.telemetry import METRICS, MetricsLog, Speedometer, summary_writer
 
 #: Parts of a recipe that may differ when a run is continued: they do not touch what is computed.
 _FREE_ON_RESUME = ("output", "evaluation", "snapshots", "logging")
@@ -79,7 +79,8 @@ def train(recipe: Recipe, *, resume: bool = False, replace: bool = False, object
     run = _Run(recipe, objective, watcher or Silent(), warn)
     run.start(resume=resume, replace=replace)
     with StopRequest() as stop, MetricsLog(
-            recipe.folder, continue_after=run.progress.step or None, tensorboard=recipe.logging.tensorboard) as log:
+            recipe.folder, continue_after=run.progress.step or None, finished=run.progress.step == recipe.steps,
+            tensorboard=recipe.logging.tensorboard) as log:
         while run.progress.step < recipe.steps:
             run.step(log)
             done = run.progress.step
@@ -101,6 +102,8 @@ class _Run:
                  warn: Callable[[str], None]) -> None:
         self.recipe, self.watcher, self.warn = recipe, watcher, warn
         settings = recipe.training
+        if recipe.logging.tensorboard:
+            summary_writer()  # missing, it must be missed before anything is touched
         self.device = pick_device(settings.device)
         if settings.threads:
             torch.set_num_threads(settings.threads)
@@ -129,6 +132,7 @@ class _Run:
             if state["corpus_sha256"] != self.corpus_sha256:
                 raise SnapshotError(f"the corpus {recipe.data.path} changed since {path} was saved")
             self.progress = restore(path, state, self.model, self.optimizer)
+            self.loss = self.progress.loss
             self.warn(f"continuing {recipe.name} after step {self.progress.step}")
         elif (self.store.list() or (folder / METRICS).exists()) and not replace:
             if not resume or self.store.list():
@@ -156,6 +160,7 @@ class _Run:
         self.optimizer.zero_grad()
         synchronize(self.device)
         progress.step += 1
+        progress.loss = self.loss
         progress.tokens += batch.tokens
         progress.position = self.batches.advance(progress.position)
         progress.seconds += time.perf_counter() - started

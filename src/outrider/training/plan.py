@@ -8,6 +8,7 @@ from typing import Any
 
 from outrider.corpus import TokenCorpus
 from outrider.devices import PEAK_BF16, device_name, peak_flops, pick_device
+from outrider.errors import ConfigError
 from outrider.model.config import ModelConfig
 from outrider.model.folder import load_config, resolve_folder
 from outrider.recipe import Recipe
@@ -84,6 +85,9 @@ def _shape_and_epochs(recipe: Recipe) -> tuple[ModelConfig, float | None]:
     if recipe.model.start_from is not None:
         shape = load_config(resolve_folder(recipe.model.start_from))
         recipe.check_fits(shape, size)
+    elif corpus is None and recipe.model.preset is None and "vocab_size" not in (recipe.model.model_extra or {}):
+        raise ConfigError(f"the vocabulary is not known before {recipe.data.path} is prepared; "
+                          "prepare it, or set model.vocab_size")
     else:
         shape = recipe.model_shape(size)
     return shape, recipe.training.tokens / len(corpus) if corpus else None

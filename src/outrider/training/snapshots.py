@@ -7,7 +7,9 @@ tensor file). The newest is found by listing; nothing points at it that could be
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 import shutil
 import warnings
@@ -39,6 +41,7 @@ class Progress:
     tokens: int = 0
     position: Position = field(default_factory=Position)
     seconds: float = 0.0
+    loss: float = math.nan
 
 
 class SnapshotStore:
@@ -61,18 +64,22 @@ class SnapshotStore:
             DiskError: no room; earlier snapshots are as they were.
         """
         path = self.folder / f"step-{progress.step:08d}"
+        for unfinished in self.folder.glob(".step-*.partial"):  # a process was killed while it saved
+            shutil.rmtree(unfinished, ignore_errors=True)
         with atomic_folder(path, replace=True) as staging:
             tensors = _tensors(model, optimizer) | {"random.cpu": torch.get_rng_state()}
             if torch.cuda.is_available():
                 tensors["random.cuda"] = torch.cuda.get_rng_state()
             with _quiet():
                 _save(tensors, staging)
-            write_json(staging / _STATE, {
+            state = {
                 "format": "outrider-snapshot", "version": 1,
                 "progress": asdict(progress), "recipe": recipe, "corpus_sha256": corpus_sha256,
                 "files": {file.name: sha256_file(file) for file in sorted(staging.glob("*.safetensors"))},
-            })
-        for old in self.list()[:-self.keep]:
+            }
+            write_json(staging / _STATE, {**state, "sha256": _digest(state)})
+        others = [other for other in self.list() if other != path]  # a damaged one may have a later name
+        for old in others[:len(others) - self.keep + 1]:
             shutil.rmtree(old, ignore_errors=True)
         return path
 
@@ -113,11 +120,13 @@ def restore(path: Path, state: dict[str, Any], model: nn.Module, optimizer: Opti
     """
     _materialise_state(optimizer)
     tensors = _tensors(model, optimizer) | {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    reader = dcp.HuggingFaceStorageReader(str(path))
     try:
+        # A run that began where there was no GPU has no random state of one.
+        if torch.cuda.is_available() and "random.cuda" in reader.read_metadata().state_dict_metadata:
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
         with _quiet():
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (CheckpointException, ValueError, RuntimeError) as error:  # the first is no Exception
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise SnapshotError(f"{path} does not fit this model: {reason[-1]}") from error
@@ -125,7 +134,8 @@ def restore(path: Path, state: dict[str, Any], model: nn.Module, optimizer: Opti
     if "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"])
     progress = state["progress"]
-    return Progress(progress["step"], progress["tokens"], Position(**progress["position"]), progress["seconds"])
+    return Progress(progress["step"], progress["tokens"], Position(**progress["position"]), progress["seconds"],
+                    progress["loss"])
 
 
 def _tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
@@ -154,16 +164,21 @@ def _materialise_state(optimizer: Optimizers) -> None:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        intact = state.pop("sha256") == _digest(state)
         files = dict(state["files"])
-        int(state["progress"]["step"])
-        str(state["corpus_sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SnapshotError(f"{path / _STATE} is missing or unreadable ({type(error).__name__})") from error
+    if not intact:
+        raise SnapshotError(f"{path / _STATE} is altered")
     for name, digest in files.items():
         file = path / name
         if not file.is_file() or sha256_file(file) != digest:
             raise SnapshotError(f"{file} is missing or altered")
     return state
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

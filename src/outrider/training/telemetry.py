@@ -19,26 +19,24 @@ _SPEED_WINDOW = 20
 class MetricsLog:
     """Appends records to `metrics.jsonl` (schema in docs/formats.md) and, optionally, to TensorBoard."""
 
-    def __init__(self, folder: Path, *, continue_after: int | None, tensorboard: bool = False) -> None:
+    def __init__(self, folder: Path, *, continue_after: int | None, finished: bool = False,
+                 tensorboard: bool = False) -> None:
         """Open the log.
 
         Args:
             folder: the run's folder.
             continue_after: keep the lines up to this step and drop later ones, which will be made again;
                 None starts a new log.
+            finished: every step was taken: the last evaluation will be made again as well.
             tensorboard: also write TensorBoard events.
         """
         self.path = folder / METRICS
-        kept = "" if continue_after is None else _lines_until(self.path, continue_after)
+        kept = "" if continue_after is None else _lines_until(self.path, continue_after, finished)
         write_text_atomic(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise MissingExtraError("tensorboard", "tensorboard", "logging.tensorboard") from error
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=continue_after)
+            self._board = summary_writer()(str(folder / "tensorboard"), purge_step=continue_after)
 
     def __enter__(self) -> Self:
         return self
@@ -77,10 +75,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _lines_until(path: Path, step: int) -> str:
+def summary_writer() -> Any:
+    """Return TensorBoard's writer class; raise `MissingExtraError` where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError("tensorboard", "tensorboard", "logging.tensorboard") from error
+    return SummaryWriter
+
+
+def _lines_until(path: Path, step: int, finished: bool) -> str:
     if not path.is_file():
         return ""
-    return "".join(json.dumps(record) + "\n" for record in read_metrics(path) if record.get("step", 0) <= step)
+    return "".join(json.dumps(record) + "\n" for record in read_metrics(path)
+                   if (at := record.get("step", 0)) < step or (at == step and ("loss" in record or not finished)))
 
 
 class Speedometer:
