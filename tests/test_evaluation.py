@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,6 @@ from outrider.errors import ConfigError, CorpusError, ModelFolderError
 from outrider.evaluation import evaluate_corpus
 from outrider.model import save_model
 from tests.conftest import TEXTS, tiny_model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """A second thread costs models this small more than it brings, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def independent(model: Path, corpus: Path, split: Split, context: int,

@@ -29,14 +29,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "target": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5, "num_attention_heads": 4},
     "draft": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 1, "num_attention_heads": 2},
 }
-TOKENS = {("target", "text"): 200_000, ("target", "code"): 1_000_000,
-          ("draft", "text"): 300_000, ("draft", "code"): 800_000}
+TOKENS = {("target", "text"): 120_000, ("target", "code"): 600_000,
+          ("draft", "text"): 200_000, ("draft", "code"): 500_000}
 LEARNING_RATE = 5e-3
 CONTEXT, BATCH_TOKENS = 256, 2_048
 PROMPTS, NEW_TOKENS, REPEATS = 12, 96, 2
 #: Seconds kept for everything that is not training: data, scores, decoding, report.
-RESERVE = 60.0
-LEAST_SHARE = 0.02
+RESERVE = 50.0
+#: Machines slow down as well: plan with this share of the speed that was measured.
+CAUTION = 0.7
+LEAST_SHARE = 0.05
 SAMPLES_SHOWN = 2
 
 #: Results by role (target, draft) and stage (text, code).
@@ -118,7 +120,7 @@ class _Budget:
             if stage == "text" and (role, "code") not in runs and role == "target":
                 self._speeds[role, "code"] = result.tokens_per_second
         seconds = sum(tokens / self._speeds[key] for key, tokens in TOKENS.items() if key not in runs)
-        share = max(LEAST_SHARE, min(1.0, (self._end - time.perf_counter()) / seconds))
+        share = max(LEAST_SHARE, min(1.0, CAUTION * (self._end - time.perf_counter()) / seconds))
         if share < 1:
             console.print(f"training the next model on {100 * share:.0f} % of the usual tokens, to stay within "
                           f"{self._minutes:g} minutes")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import zstandard
 
 from outrider.benchmarks.decode import DecodeBenchmark, PromptResult, benchmark_decode, read_prompts
@@ -19,15 +18,6 @@ from outrider.errors import SourceError
 from tests.conftest import Cli
 
 PROMPTS = ["def add_1(a, b):", "class Thing", "# a comment\n"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """A second thread costs models this small more than it brings, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Recording:

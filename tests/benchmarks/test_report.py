@@ -153,18 +153,20 @@ def test_any_number_of_runs_and_benchmarks(tmp_path: Path, runs: int) -> None:
         assert path.stem in text
 
 
-def test_inputs_of_the_same_name_are_all_shown(tmp_path: Path) -> None:
-    """runs/a/final and runs/b/final are two runs."""
+@pytest.mark.parametrize("names", [("final",) * 3, ("final (2)", "final", "final")])
+def test_inputs_of_the_same_name_are_all_shown(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """runs/a/final and runs/b/final are two runs, whatever a third one is called."""
     files, folders = [], []
-    for index in range(2):
+    for index, name in enumerate(names):
         place = tmp_path / str(index)
         place.mkdir()
-        files.append(benchmark_file(place, "decode", prompt=f"prompt number {index}"))
-        folders.append(run_folder(place, "final", [
+        files.append(benchmark_file(place, name, prompt=f"prompt number {index}"))
+        folders.append(run_folder(place, name, [
             {"step": 1, "tokens": 10, "loss": 1.125 + index, "tokens_per_second": 1.0}]))
     text = write_report(tmp_path / "report.html", [*folders], [*files]).read_text()
-    for shown in ("prompt number 0", "prompt number 1", "1.125", "2.125"):
-        assert shown in text
+    for index in range(len(names)):
+        assert f"prompt number {index}" in text
+        assert f"{1.125 + index:.3f}" in text
 
 
 def test_a_run_without_scores(tmp_path: Path) -> None:

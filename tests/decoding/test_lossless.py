@@ -8,7 +8,7 @@ rejection sampling is compared with the exact law. Float32, random weights: logi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,15 +33,6 @@ from tests.decoding.test_sampling import FALSE_ALARM, chi_square_p
 VOCABULARY, LENGTH = 300, 24
 WIDTHS: list[int | Literal["auto"]] = [*range(9), "auto"]
 PROMPTS = [(5,), (17, 40, 99), tuple(range(30, 50))]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """A second thread costs models this small more than it brings, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def target_model(**changes: Any) -> Llama:
@@ -561,6 +552,30 @@ def test_text_that_ends_amid_a_character(tokenizer: Tokenizer) -> None:
         result = decoder.generate("def f():", max_new_tokens=limit)
         assert result.ids == ids[:limit]
         assert result.text == tokenizer.decode(ids[:limit])
+
+
+def test_an_end_of_text_amid_a_character(tokenizer: Tokenizer) -> None:
+    """The model itself may stop there: the bytes it said show, as they do at the limit."""
+    start, ids = tokenizer.encode("x"), tokenizer.encode(ACCENTS)[1:]
+    config = tiny_config(eos_token_ids=(tokenizer.eos_id,))
+    for said in range(len(ids)):
+        script = [*start, *ids[:said], config.eos_token_ids[0]]
+        result = Decoder(Speaking(script, config), tokenizer).generate("x", max_new_tokens=len(ids) + 1)
+        assert result.finish == "stop"
+        assert result.text == tokenizer.decode(ids[:said])
+
+
+def test_a_prompt_that_ends_amid_a_character(tokenizer: Tokenizer) -> None:
+    """A text cut by the limit may be handed in again as ids: what is said next must not be lost."""
+    ids = tokenizer.encode(ACCENTS)
+    config = tiny_config(eos_token_ids=(tokenizer.eos_id,))
+    for known in range(1, len(ids)):
+        decoder = Decoder(Speaking([*ids, config.eos_token_ids[0]], config), tokenizer)
+        result = decoder.generate(ids[:known], max_new_tokens=100)
+        assert result.ids == [*ids[known:], tokenizer.eos_id]
+        # All whole characters said are there; how the one that was open shows is left to taste.
+        said = tokenizer.decode(ids[known:]).lstrip("\ufffd")
+        assert result.text.endswith(said)
 
 
 @pytest.mark.parametrize("width", [0, 1, 5])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,6 @@ ROPE: dict[str, dict[str, Any]] = {
                "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
 }
 VARIANTS = list(itertools.product(HEADS, ("tied", "untied"), ROPE, (None, 16)))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """A second thread costs models this small more than it brings, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def reference_model(heads: str = "gqa", tied: str = "untied", rope: str = "default",

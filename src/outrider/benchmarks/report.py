@@ -119,8 +119,11 @@ def _named(paths: list[Path]) -> dict[str, Path]:
     names: dict[str, Path] = {}
     for path in paths:
         stem = path.stem if path.suffix == ".json" else path.name
-        number = 1 + sum(name == stem or name.startswith(f"{stem} (") for name in names)
-        names[stem if number == 1 else f"{stem} ({number})"] = path
+        name, number = stem, 1
+        while name in names:
+            number += 1
+            name = f"{stem} ({number})"
+        names[name] = path
     return names
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,10 +179,11 @@ class TextStream:
 
     def _advance(self, *, hold: bool) -> str:
         before, now = self._backend.decode(self._ids[:self._given]), self._backend.decode(self._ids)
-        if (hold and now.endswith("\ufffd")) or len(now) <= len(before) or not now.startswith(before):
+        if hold and now.endswith("\ufffd"):
             return ""
         self._ids, self._given = self._ids[self._given:], len(self._ids) - self._given
-        return now[len(before):]
+        # A prompt may end inside a character, whose replacement then gives way to the character.
+        return now[len(os.path.commonprefix([before, now])):]
 
 
 def _configured_names(path: Path) -> dict[str, str]:

@@ -20,7 +20,8 @@ class Sampling:
         temperature: 0 takes the most likely token; above, logits are divided by it.
         top_k: only the k most likely tokens; 0 means all.
         top_p: only the smallest set of tokens whose probability reaches this (Holtzman et al. 2020).
-        seed: makes a run repeatable; None draws one.
+        seed: makes a run repeatable; None draws one. Under rejection sampling the text also depends on the
+            draft widths, which in automatic mode follow the clock: fix the width, or use coupled sampling.
     """
 
     temperature: float = 0.0
