@@ -26,11 +26,11 @@ VOCABULARY = 2_048
 HELD_OUT = {"text": 0.03, "code": 0.02}
 #: The draft is one block, so that a guess costs little (docs/experiments.md has the sizes that were tried).
 SHAPES: dict[str, dict[str, Any]] = {
-    "target": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5, "num_attention_heads": 4},
+    "target": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 7, "num_attention_heads": 4},
     "draft": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 1, "num_attention_heads": 2},
 }
 TOKENS = {("target", "text"): 120_000, ("target", "code"): 600_000,
-          ("draft", "text"): 200_000, ("draft", "code"): 500_000}
+          ("draft", "text"): 200_000, ("draft", "code"): 800_000}
 LEARNING_RATE = 5e-3
 CONTEXT, BATCH_TOKENS = 256, 2_048
 PROMPTS, NEW_TOKENS, REPEATS = 12, 96, 2
