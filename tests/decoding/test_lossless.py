@@ -571,7 +571,7 @@ def test_a_prompt_that_ends_amid_a_character(tokenizer: Tokenizer) -> None:
     config = tiny_config(eos_token_ids=(tokenizer.eos_id,))
     for known in range(1, len(ids)):
         decoder = Decoder(Speaking([*ids, config.eos_token_ids[0]], config), tokenizer)
-        result = decoder.generate(ids[:known], max_new_tokens=100)
+        result = decoder.generate(ids[:known], max_new_tokens=len(ids) - known + 1)
         assert result.ids == [*ids[known:], tokenizer.eos_id]
         # All whole characters said are there; how the one that was open shows is left to taste.
         said = tokenizer.decode(ids[known:]).lstrip("\ufffd")

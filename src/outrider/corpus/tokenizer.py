@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,7 +182,8 @@ class TextStream:
             return ""
         self._ids, self._given = self._ids[self._given:], len(self._ids) - self._given
         # A prompt may end inside a character, whose replacement then gives way to the character.
-        return now[len(os.path.commonprefix([before, now])):]
+        differ = (index for index, (old, new) in enumerate(zip(before, now, strict=False)) if old != new)
+        return now[next(differ, min(len(before), len(now))):]
 
 
 def _configured_names(path: Path) -> dict[str, str]:
