@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from outrider import __version__
-from outrider.devices import cores, device_name, measured_matmul, pick_device, synchronize
+from outrider.devices import cores, device_name, measured_matmul, physical_memory, pick_device, synchronize
 
 #: Optional extras and the package that shows each is there.
 EXTRAS = {"data": ("datasets", "pyarrow", "sentencepiece"), "eval": ("lm_eval",), "export": ("gguf", "onnxruntime"),
@@ -58,7 +57,7 @@ def diagnose(folder: str | Path = ".", *, speed: bool = True) -> Diagnosis:
     found = Diagnosis(
         outrider=__version__, torch=torch.__version__, build=build,
         devices=[f"{name}: {device_name(torch.device(name))}" for name in devices],
-        cores=cores(), threads=torch.get_num_threads(), memory=_memory(),
+        cores=cores(), threads=torch.get_num_threads(), memory=physical_memory(),
         free_disk=shutil.disk_usage(folder).free, extras=missing)
     if speed:
         found.speed = _speed()
@@ -128,13 +127,6 @@ def _timed(work: Any) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _advice(found: Diagnosis) -> list[str]:

@@ -67,6 +67,12 @@ class Interrupted(OutriderError):  # noqa: N818 - not a fault
         self.signal_number = signal_number
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library's error says, or its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn an `OSError` met while writing `path` into a one-line `DiskError`."""

@@ -294,7 +294,7 @@ def test_nothing_to_pack() -> None:
 def test_no_packing_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 keeps both layouts, so a model that would fill the memory stays as it is."""
     model = large_model(0)
-    monkeypatch.setattr("outrider.decoding.packed._physical_memory", lambda: sum(
+    monkeypatch.setattr("outrider.decoding.packed.physical_memory", lambda: sum(
         parameter.nbytes for parameter in model.parameters()))
     assert not pack_linears(model)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())

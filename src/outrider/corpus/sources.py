@@ -18,7 +18,7 @@ from typing import IO, Any, Literal
 
 import zstandard
 
-from outrider.errors import MissingExtraError, SourceError
+from outrider.errors import MissingExtraError, SourceError, first_line
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
 TEXT_SUFFIXES = (
@@ -151,7 +151,7 @@ class Source:
                         if value is not None:
                             yield from self._decode(value, f"{path}:{number}")
         except (arrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
-            raise SourceError(f"{path} is not a readable parquet file: {_first_line(error)}") from error
+            raise SourceError(f"{path} is not a readable parquet file: {first_line(error)}") from error
 
     def _hub(self, name: str) -> Iterator[Document]:
         try:
@@ -166,7 +166,7 @@ class Source:
         except SourceError:
             raise
         except Exception as error:  # the library raises many kinds; the reason is in the first line
-            raise SourceError(f"cannot read the data set hf:{name}: {_first_line(error)}") from error
+            raise SourceError(f"cannot read the data set hf:{name}: {first_line(error)}") from error
 
     def _books(self) -> Iterator[Document]:
         packed = resources.files("outrider.corpus").joinpath("books.jsonl.gz").read_bytes()
@@ -263,8 +263,3 @@ def _known(path: Path) -> bool:
 
 def _hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -6,11 +6,11 @@ than over one, which is what verifying a proposal needs (measured in docs/experi
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
+
+from outrider.devices import physical_memory
 
 #: Up to this many rows PyTorch's own float32 product (a matrix-vector kernel) is the faster one.
 _PLAIN_ROWS = 3
@@ -49,7 +49,8 @@ def pack_linears(model: nn.Module) -> bool:
     weights = [child.weight for _, _, child in linears]
     dtype = weights[0].dtype
     keep_plain = dtype == torch.float32
-    if keep_plain and sum(w.nbytes for w in weights) > _MEMORY_SHARE * _physical_memory():
+    memory = physical_memory()
+    if keep_plain and memory is not None and sum(w.nbytes for w in weights) > _MEMORY_SHARE * memory:
         return False
     for parent, name, child in linears:
         setattr(parent, name, PackedLinear(child.weight.detach(), keep_plain=keep_plain))
@@ -59,10 +60,3 @@ def pack_linears(model: nn.Module) -> bool:
 def _pays(weight: Tensor) -> bool:
     least = _LEAST_ELEMENTS.get(weight.dtype)
     return weight.device.type == "cpu" and least is not None and weight.numel() >= least
-
-
-def _physical_memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 62

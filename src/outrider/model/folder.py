@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from outrider.errors import ConfigError, ModelFolderError
+from outrider.errors import ConfigError, ModelFolderError, first_line
 from outrider.files import atomic_folder, write_json
 from outrider.model.config import ModelConfig
-from outrider.model.llama import Llama
+from outrider.model.llama import Llama, rope_tables
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -150,8 +150,8 @@ def resolve_folder(folder: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
     except Exception as error:  # the hub's client raises many kinds; the reason is in the first line
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelFolderError(f"no folder {folder}, and the Hugging Face Hub did not give it: {reason}") from error
+        raise ModelFolderError(
+            f"no folder {folder}, and the Hugging Face Hub did not give it: {first_line(error)}") from error
 
 
 def _hf_views(model: Llama) -> Iterator[tuple[str, Tensor]]:
@@ -182,8 +182,6 @@ def _cast_weights(model: Llama, dtype: torch.dtype) -> None:
 
 def _restore_buffers(model: Llama) -> None:
     """Recompute the rotary tables, which `to_empty` left without values."""
-    from outrider.model.llama import rope_tables
-
     cos, sin = rope_tables(model.config)
     model.cos, model.sin = cos.to(model.device), sin.to(model.device)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from outrider.errors import ConfigError, MissingExtraError, ModelFolderError
+from outrider.errors import ConfigError, MissingExtraError, ModelFolderError, first_line
 from outrider.model.config import ModelConfig, validated
 
 _OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
@@ -60,7 +60,7 @@ class GGUFFile:
         try:
             self._reader = gguf.GGUFReader(self.path)
         except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
-            raise ModelFolderError(f"{path} is not a whole GGUF file: {_first_line(error)}") from error
+            raise ModelFolderError(f"{path} is not a whole GGUF file: {first_line(error)}") from error
         architecture = self._value("general.architecture")
         if architecture != "llama":
             raise ModelFolderError(f"{path} holds the architecture {architecture!r}; Outrider reads 'llama'")
@@ -175,8 +175,3 @@ def _hf_name(name: str) -> str:
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in _INNER and parts[3] == "weight":
         return f"model.layers.{parts[1]}.{_INNER[parts[2]]}.weight"
     raise ModelFolderError(f"tensor {name} has no place in a Llama; the file holds another architecture")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ class _Run:
                 raise ConfigError(f"{folder} holds a run; pass --resume to continue it or --force to start anew")
         elif replace:
             for path in self.store.list():
-                _remove(path)
+                shutil.rmtree(path)
         write_json(folder / "recipe.json", recipe.dump())
         self.speed = Speedometer()
 
@@ -286,9 +287,3 @@ def _check_same_run(recipe: Recipe, saved: dict, path: Path) -> None:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _remove(path: Path) -> None:
-    import shutil
-
-    shutil.rmtree(path)
